@@ -1,0 +1,3 @@
+"""mpq: mixed-precision bit allocation for trained PyTorch networks."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,141 @@
+"""The quantizer bank: every layer's weight in every format and every activation range, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.calibration import Calibration
+from mpq.errors import DataError, FormatError, GraphError
+from mpq.layers import LayerGraph, LayerSpec
+from mpq.progress import progress_bar
+from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers.integer import fake_quantize, fake_quantize_static
+from mpq.quantizers.observers import ActivationObserver
+from mpq.quantizers.ranges import parse_percentile
+from mpq.trees import tensors_in, map_tensors
+from mpq.view import ModelView
+
+Range = tuple[float, float]
+
+
+def check_range_method(method: str) -> None:
+    """Refuse an unknown range method early.
+
+    Raises:
+        FormatError: If the method is unknown.
+    """
+    if method not in ("mse", "minmax"):
+        parse_percentile(method)
+
+
+def layer_scheme(layer: LayerSpec, scheme: Scheme) -> Scheme:
+    """What a scheme means for a layer: inputs that are whole numbers (of embeddings) are never quantized."""
+    return Scheme(scheme.weight) if layer.source is None else scheme
+
+
+def quantize_inputs(fmt: NumberFormat | None, limits: Range | None, value: Any) -> Any:
+    """Fake-quantize all floating-point tensors in a layer's inputs."""
+    if fmt is None:
+        return value
+    lo, hi = limits or (0.0, 0.0)
+    return map_tensors(lambda t: fake_quantize_static(t, fmt, lo, hi) if t.is_floating_point() else t, value)
+
+
+class QuantizerBank:
+    """Quantized weights and activation ranges of one view, cached by layer and format.
+
+    Args:
+        view: The model.
+        graph: Its layers.
+        weight_range: Range rule of weights, see `mpq.quantizers.find_range`.
+        activation_range: Range rule of activations.
+
+    Raises:
+        FormatError: If a range rule is unknown.
+        GraphError: If a weight holds NaN or infinity.
+    """
+
+    def __init__(
+        self, view: ModelView, graph: LayerGraph, weight_range: str = "mse", activation_range: str = "mse"
+    ) -> None:
+        check_range_method(weight_range)
+        check_range_method(activation_range)
+        self.view, self.graph = view, graph
+        self.weight_range, self.activation_range = weight_range, activation_range
+        self._weights: dict[tuple[int, NumberFormat], Tensor] = {}
+        self._observers: dict[str, ActivationObserver] = {}
+        self._ranges: dict[tuple[str, NumberFormat], Range] = {}
+        for layer in graph:
+            if not torch.isfinite(view.weight(layer.name)).all():
+                raise GraphError(f"the weight of layer {layer.name!r} holds NaN or infinity")
+
+    def weight(self, layer: LayerSpec, fmt: NumberFormat) -> Tensor:
+        """The layer's weight rounded to a format; tied layers share it."""
+        key = (layer.storage, fmt)
+        if key not in self._weights:
+            weight = self.view.weight(layer.name)
+            self._weights[key] = fake_quantize(weight, fmt, layer.channel_axis, self.weight_range)
+        return self._weights[key]
+
+    def observe(self, data: Calibration, progress: bool = True) -> None:
+        """Watch every layer's inputs over the data: one forward pass.
+
+        Raises:
+            DataError: If an input of a layer holds NaN or infinity.
+        """
+        observers = {layer.name: ActivationObserver() for layer in self.graph}
+
+        def hook(name: str) -> Any:
+            def update(module: nn.Module, args: tuple[Any, ...]) -> None:
+                for t in {id(t): t for t in tensors_in(args)}.values():
+                    if t.is_floating_point():
+                        try:
+                            observers[name].update(t)
+                        except DataError as error:
+                            raise DataError(f"the input of layer {name!r}: {error}") from None
+
+            return update
+
+        hooks = [self.view.layers[name].register_forward_pre_hook(hook(name)) for name in observers]
+        with self.view.hooked(hooks), torch.no_grad():
+            for batch in progress_bar(data.batches, "activation ranges", progress):
+                self.view(batch)
+        self._observers = observers
+
+    def range(self, layer: LayerSpec, fmt: NumberFormat | None) -> Range | None:
+        """Calibrated range of a layer's input for an integer format, else None."""
+        if fmt is None or fmt.family != "int":
+            return None
+        key = (layer.name, fmt)
+        if key not in self._ranges:
+            self._ranges[key] = self._observers[layer.name].range(fmt, self.activation_range)
+        return self._ranges[key]
+
+    def set_ranges(self, ranges: Mapping[str, tuple[NumberFormat, Range]]) -> None:
+        """Use ranges calibrated earlier: layer name -> format and range."""
+        self._ranges.update({(name, fmt): limits for name, (fmt, limits) in ranges.items()})
+
+    def inputs(self, layer: LayerSpec, fmt: NumberFormat | None, value: Any) -> Any:
+        """A layer's inputs rounded to an activation format."""
+        return quantize_inputs(fmt, self.range(layer, fmt), value)
+
+    def run(self, layer: LayerSpec, scheme: Scheme | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The layer's own forward under a scheme (None: float), without its hooks."""
+        module = self.view.layers[layer.name]
+        if scheme is None:
+            return module.forward(*args, **kwargs)
+        with self.view.swapped({layer.name: self.weight(layer, scheme.weight)}):
+            return module.forward(*self.inputs(layer, layer_scheme(layer, scheme).activation, args), **kwargs)
+
+    def prepare(self, schemes: Iterable[Scheme], progress: bool = True) -> None:
+        """Quantize all weights now, so that a bad format fails before long work and progress is seen."""
+        pairs = [(layer, s) for layer in self.graph for s in schemes]
+        for layer, scheme in progress_bar(pairs, "weights", progress):
+            try:
+                self.weight(layer, scheme.weight)
+            except FormatError as error:
+                raise FormatError(f"layer {layer.name!r}: {error}") from None

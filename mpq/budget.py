@@ -1,0 +1,96 @@
+"""Budgets as people write them: ``size<=25%``, ``avg_bits<=4``, ``bitops<=50G``, ``accuracy_drop<=0.5%``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mpq.errors import BudgetError
+
+_PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BYTES = {f"{p}B": f for p, f in _PREFIXES.items()} | {f"{p}iB": 1024.0**i for i, p in enumerate("KMG", 1)}
+_COUNTS = {**_PREFIXES, "Gbitops": 1e9}
+_BITS = {"": 1.0, "bit": 1.0, "bits": 1.0}
+
+# Metric -> units with their factor to the metric's own unit; "%" is of the float model.
+UNITS: dict[str, dict[str, float]] = {
+    "size": {"": 1.0, **_BYTES, "%": 0.01},
+    "avg_bits": _BITS,
+    "stored_bits": _BITS,
+    "bitops": {**_COUNTS, "%": 0.01},
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "%": 0.01},
+    "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "%": 0.01},
+    "accuracy_drop": {"": 1.0, "%": 0.01},
+}
+_BUDGET = re.compile(r"\s*(\w+)\s*(<=|≤)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on one metric.
+
+    Attributes:
+        metric: ``size``, ``avg_bits``, ``stored_bits``, ``bitops``, ``latency``, ``energy`` or ``accuracy_drop``.
+        value: Limit in the metric's own unit, or as a share of the float model.
+        relative: The value is a share of the float model.
+        text: As the user wrote it.
+
+    Example:
+        >>> Budget.parse("size <= 300KB")
+        Budget(metric='size', value=300000.0, relative=False, text='size<=300KB')
+        >>> Budget.parse("size<=25%").limit(reference=1000.0)
+        250.0
+    """
+
+    metric: str
+    value: float
+    relative: bool
+    text: str
+
+    def limit(self, reference: float) -> float:
+        """The limit in the metric's own unit, given the float model's value."""
+        return self.value * reference if self.relative else self.value
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read one budget.
+
+        Raises:
+            BudgetError: If it does not parse, has an unknown metric or unit, or can't be positive.
+        """
+        match = _BUDGET.fullmatch(text)
+        if not match:
+            raise BudgetError(f"{text!r} is not a budget; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
+        metric, _, number, unit = match.groups()
+        if metric not in UNITS:
+            raise BudgetError(f"unknown metric {metric!r} in {text!r}; known: {', '.join(UNITS)}")
+        if unit not in UNITS[metric]:
+            known = ", ".join(u or "(none)" for u in UNITS[metric])
+            raise BudgetError(f"unknown unit {unit!r} for {metric} in {text!r}; known: {known}")
+        try:
+            value = float(number) * UNITS[metric][unit]
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf and not (metric == "accuracy_drop" and value == 0):
+            raise BudgetError(f"the limit in {text!r} must be a positive number")
+        relative = unit == "%" and metric != "accuracy_drop"
+        return cls(metric, value, relative, f"{metric}<={number}{unit}")
+
+
+def parse_budgets(budgets: str | Budget | Iterable[str | Budget]) -> tuple[Budget, ...]:
+    """Read one budget, several separated by commas, or any iterable of them.
+
+    Raises:
+        BudgetError: If there is none, one does not parse, or two limit the same metric.
+    """
+    parts = budgets.split(",") if isinstance(budgets, str) else [budgets] if isinstance(budgets, Budget) else budgets
+    parsed = tuple(b if isinstance(b, Budget) else Budget.parse(b) for b in parts)
+    if not parsed:
+        raise BudgetError("no budget given; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
+    for i, budget in enumerate(parsed):
+        twin = next((b for b in parsed[:i] if b.metric == budget.metric), None)
+        if twin:
+            raise BudgetError(f"contradictory budgets: both {twin.text} and {budget.text}; keep one limit per metric")
+    return parsed

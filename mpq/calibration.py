@@ -1,0 +1,155 @@
+"""Data as the model takes it: batches of tensors, tuples or dicts become calls of ``forward``."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mpq.errors import DataError
+
+_LABELS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the model.
+
+    Attributes:
+        args: Positional arguments of ``forward``.
+        kwargs: Keyword arguments of ``forward``.
+        size: Number of samples (first axis of the first tensor).
+        labels: What came after the inputs in a tuple, or ``labels`` of a dict; None if there is nothing.
+        raw: The batch as it was given; a loss of the user's own gets this one.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    size: int
+    labels: Any
+    raw: Any
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        args, kwargs, labels, raw = pytree.tree_map(move, (self.args, dict(self.kwargs), self.labels, self.raw))
+        return Batch(args, kwargs, self.size, labels, raw)
+
+    def tensors(self) -> list[Tensor]:
+        """All input tensors."""
+        return [t for t in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(t, Tensor)]
+
+
+def _required_positional(model: nn.Module) -> int:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
+
+
+def make_batch(raw: Any, model: nn.Module) -> Batch:
+    """Read one batch.
+
+    A tensor is the only input. A dict (or Hugging Face ``BatchEncoding``) gives keyword arguments; its
+    ``labels`` are kept apart. A tuple or list gives as many leading items as ``forward`` has required
+    positional parameters, the next item is the labels; a dict in first place gives keyword arguments.
+
+    Raises:
+        DataError: If there is no tensor in it.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    labels = None
+    inputs = raw
+    if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw):
+        taken = 1 if isinstance(raw[0], Mapping) else _required_positional(model)
+        args = tuple(raw[:taken])
+        labels = raw[taken] if len(raw) > taken else None
+        inputs = raw[0]
+    if isinstance(inputs, Mapping):
+        kwargs = {k: v for k, v in inputs.items() if k not in _LABELS}
+        labels = next((inputs[k] for k in _LABELS if inputs.get(k) is not None), labels)
+        args = ()
+    elif not args:
+        args = (raw,)
+    first = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+    if first is None or first.dim() == 0:
+        raise DataError(
+            f"a batch must be a tensor with a batch axis, or a tuple or dict of such, not {type(raw).__name__}"
+        )
+    return Batch(args, kwargs, len(first), labels, raw)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches held in memory.
+
+    Attributes:
+        batches: The batches in order.
+        hash: SHA-256 of all input tensors.
+    """
+
+    batches: tuple[Batch, ...]
+    hash: str
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all batches."""
+        return sum(b.size for b in self.batches)
+
+    @classmethod
+    def load(cls, data: Iterable[Any], model: nn.Module, max_samples: int | None = None) -> Calibration:
+        """Take batches from any iterable until there are enough samples.
+
+        Args:
+            data: Batches or a DataLoader; a generator is consumed only as far as needed. A tensor is one batch.
+            model: The model they are meant for.
+            max_samples: Stop after the batch that reaches this many.
+
+        Raises:
+            DataError: If there are no samples, or an input holds NaN or infinity.
+        """
+        if isinstance(data, Calibration):
+            return data
+        batches: list[Batch] = []
+        digest = hashlib.sha256()
+        for i, raw in enumerate([data] if isinstance(data, Tensor | Mapping) else data):
+            batch = make_batch(raw, model)
+            if batch.size == 0:
+                continue
+            for t in batch.tensors():
+                if t.is_floating_point() and not torch.isfinite(t).all():
+                    raise DataError(f"batch {i} of the data holds NaN or infinity")
+                digest.update(f"{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
+            batches.append(batch)
+            if max_samples is not None and sum(b.size for b in batches) >= max_samples:
+                break
+        if not batches:
+            raise DataError("the data is empty: no batch with at least one sample (is a generator already used up?)")
+        return cls(tuple(batches), digest.hexdigest())
+
+
+def tensor_bytes(t: Tensor) -> bytes | memoryview:
+    """Raw bytes of a tensor, whatever its device, layout and dtype."""
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes of all parameters and buffers that a state dict holds."""
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        if isinstance(t, Tensor):
+            digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""The allocation problem as arrays, and what a solver returns. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mpq.errors import MpqError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Sums of a thousand float costs differ by about this much with the order of summation.
+RELATIVE_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """Each row's sum over groups stays under its limit.
+
+    Attributes:
+        name: Metric, such as ``size``.
+        unit: Unit of cost and limit.
+        cost: ``[G, S, R]``; ``[G, S]`` is taken as one row.
+        limit: ``[R]``; a number is taken as one row.
+    """
+
+    name: str
+    unit: str
+    cost: Floats
+    limit: Floats
+
+    def __post_init__(self) -> None:
+        cost = np.asarray(self.cost, np.float64)
+        object.__setattr__(self, "cost", cost[..., None] if cost.ndim == 2 else cost)
+        object.__setattr__(self, "limit", np.atleast_1d(np.asarray(self.limit, np.float64)))
+        if self.cost.ndim != 3 or self.limit.shape != self.cost.shape[2:]:
+            raise MpqError(f"constraint {self.name!r}: cost {self.cost.shape} and limit {self.limit.shape} don't fit")
+        if not np.isfinite(self.cost).all() or np.isnan(self.limit).any():
+            raise MpqError(f"constraint {self.name!r}: costs must be finite and limits not NaN")
+
+    @cached_property
+    def slack_limit(self) -> Floats:
+        """The limit with a tolerance for rounding of sums, ``[R]``."""
+        return self.limit + RELATIVE_TOLERANCE * np.abs(self.limit)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Pick one scheme per group: least total loss under the constraints.
+
+    Attributes:
+        loss: ``[G, S]``; infinite where a scheme is not allowed.
+        constraints: Any number of constraints; all must hold.
+    """
+
+    loss: Floats
+    constraints: tuple[Constraint, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", np.asarray(self.loss, np.float64))
+        object.__setattr__(self, "constraints", tuple(self.constraints))
+        if self.loss.ndim != 2:
+            raise MpqError(f"loss must be [groups, schemes], not {self.loss.shape}")
+        if np.isnan(self.loss).any() or np.isneginf(self.loss).any():
+            raise MpqError("losses must be numbers or +inf")
+        for c in self.constraints:
+            if c.cost.shape[:2] != self.loss.shape:
+                raise MpqError(f"constraint {c.name!r}: cost {c.cost.shape[:2]} but loss {self.loss.shape}")
+        blocked = np.flatnonzero(~self.allowed.any(1))
+        if len(blocked):
+            raise MpqError(f"group {blocked[0]} has no allowed scheme")
+
+    @cached_property
+    def allowed(self) -> NDArray[np.bool_]:
+        """``[G, S]``: where the loss is finite."""
+        return np.isfinite(self.loss)
+
+    def objective(self, pick: ArrayLike) -> float:
+        """Total loss of a pick ``[G]``."""
+        return float(_take(self.loss, pick).sum())
+
+    def usage(self, pick: ArrayLike) -> dict[str, Floats]:
+        """Constraint name -> row sums ``[R]`` of a pick."""
+        return {c.name: _take(c.cost, pick).sum(0) for c in self.constraints}
+
+    def feasible(self, pick: ArrayLike) -> bool:
+        """Whether a pick is allowed and meets every constraint."""
+        allowed = bool(_take(self.allowed, pick).all())
+        return allowed and all(
+            bool((_take(c.cost, pick).sum(0) <= c.slack_limit).all()) for c in self.constraints
+        )
+
+    def smallest_usage(self) -> dict[str, Floats]:
+        """Constraint name -> smallest reachable row sums ``[R]``, each row on its own."""
+        masked = {c.name: np.where(self.allowed[..., None], c.cost, np.inf) for c in self.constraints}
+        return {name: cost.min(1).sum(0) for name, cost in masked.items()}
+
+
+def _take(values: NDArray[np.generic], pick: ArrayLike) -> NDArray[np.generic]:
+    picks = np.asarray(pick, np.int64)
+    return values[np.arange(len(values)), picks]
+
+
+class Status(Enum):
+    """How a solver ended. Only `OPTIMAL` and `INFEASIBLE` are proofs."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    NO_SOLUTION = "no solution"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns.
+
+    Attributes:
+        status: See `Status`; a limit of time or states never passes for optimality.
+        pick: Scheme index per group ``[G]``, or None.
+        objective: Total loss of the pick (infinite without one).
+        bound: Proven lower bound of the optimum.
+        usage: Constraint name -> row sums of the pick.
+        seconds: Time taken.
+        solver: Name of the solver.
+        prices: Constraint name -> loss saved per unit of a looser limit (dual price), where known.
+        message: Why there is no solution and what is reachable.
+    """
+
+    status: Status
+    pick: Ints | None
+    objective: float
+    bound: float
+    usage: Mapping[str, Floats]
+    seconds: float
+    solver: str
+    prices: Mapping[str, float] = field(default_factory=dict)
+    message: str = ""
+
+    @property
+    def gap(self) -> float:
+        """``objective - bound``, relative to the objective; 0 is proven optimal."""
+        if self.pick is None:
+            return float("inf")
+        return (self.objective - self.bound) / max(abs(self.objective), 1e-300) if self.objective > self.bound else 0.0
+
+
+def solved(problem: Problem, pick: ArrayLike, bound: float, seconds: float, solver: str,
+           prices: Mapping[str, float] | None = None, *, proven: bool = False) -> Solution:
+    """A `Solution` for a feasible pick, its objective and usage recomputed from the problem.
+
+    Args:
+        problem: What was solved.
+        pick: Scheme index per group.
+        bound: Lower bound of the optimum; rounding above the objective is cut off.
+        seconds: Time taken.
+        solver: Name of the solver.
+        prices: Dual prices.
+        proven: The pick is optimal: the bound becomes the objective.
+    """
+    picked = np.asarray(pick, np.int64)
+    objective = problem.objective(picked)
+    bound = objective if proven else min(bound, objective)
+    status = Status.OPTIMAL if bound >= objective else Status.FEASIBLE
+    return Solution(status, picked, objective, bound, problem.usage(picked), seconds, solver, prices or {})
+
+
+def infeasible(problem: Problem, seconds: float, solver: str) -> Solution:
+    """A `Solution` that says which constraints can't be met and what is reachable."""
+    parts = []
+    for c in problem.constraints:
+        least = problem.smallest_usage()[c.name]
+        over = np.flatnonzero(least > c.slack_limit)
+        if len(over):
+            r = over[0]
+            parts.append(f"{c.name} <= {c.limit[r]:g} {c.unit}: the smallest reachable is {least[r]:g}")
+    message = "; ".join(parts) or "each constraint can be met alone, but not all together"
+    return Solution(Status.INFEASIBLE, None, float("inf"), float("inf"), {}, seconds, solver, {}, message)

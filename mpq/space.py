@@ -1,0 +1,99 @@
+"""The search space: groups of layers x schemes, and which pairs are allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.cost_models.devices import Device
+from mpq.errors import FormatError, GraphError
+from mpq.layers import LayerGraph, LayerGroup, LayerSpec, make_groups
+from mpq.quantizers.formats import Scheme, parse_schemes
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """Groups are the decision variables, schemes their values.
+
+    Attributes:
+        graph: The layers.
+        groups: Layers that share a scheme, in execution order.
+        schemes: All schemes that any group may have.
+        allowed: ``[G, S]``; a pinned group has one allowed scheme.
+        skipped: Layers that the user took out.
+        device: What the schemes were checked against.
+    """
+
+    graph: LayerGraph
+    groups: tuple[LayerGroup, ...]
+    schemes: tuple[Scheme, ...]
+    allowed: NDArray[np.bool_]
+    skipped: tuple[LayerSpec, ...]
+    device: Device
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The searched layers, by group."""
+        return tuple(x for g in self.groups for x in g.layers)
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(str, self.schemes))
+        configs = float(np.prod(self.allowed.sum(1), dtype=np.float64))
+        return f"SearchSpace({len(self.groups)} groups of {len(self.layers)} layers, schemes {names}: {configs:.2g} configs)"
+
+
+def make_space(
+    graph: LayerGraph,
+    schemes: str | Iterable[str | Scheme],
+    *,
+    pin: Mapping[str, str | Scheme] | None = None,
+    skip: Sequence[str] = (),
+    groups: Iterable[Sequence[str]] = (),
+    device: Device,
+) -> SearchSpace:
+    """Build a search space.
+
+    Args:
+        graph: The layers.
+        schemes: What every group may have.
+        pin: Layer name or glob -> the one scheme it must have; later entries win.
+        skip: Layer names or globs to leave float and out of the search.
+        groups: Lists of layer names or globs that must share a scheme.
+        device: Schemes without a kernel there are absent.
+
+    Raises:
+        FormatError: If a scheme does not parse, or none has a kernel on the device.
+        GraphError: If a name matches no layer, or the pins of one group differ.
+    """
+    wanted = parse_schemes(schemes)
+    pins = {p: s if isinstance(s, Scheme) else Scheme.parse(s) for p, s in (pin or {}).items()}
+    for scheme in pins.values():
+        if not device.supports(scheme):
+            raise FormatError(f"{scheme} has no kernel on {device.name}; it runs {device.kernel_names()}")
+    usable = tuple(s for s in wanted if device.supports(s))
+    if not usable:
+        names = ", ".join(map(str, wanted))
+        raise FormatError(f"none of {names} has a kernel on {device.name}; it runs {device.kernel_names()}")
+    skipped = {x.name for pattern in skip for x in graph.match(pattern)}
+    pinned = {x.name: s for pattern, s in pins.items() for x in graph.match(pattern)}
+    joined = [[x for pattern in members for x in graph.match(pattern) if x.name not in skipped] for members in groups]
+    layers = tuple(x for x in graph if x.name not in skipped)
+    if not layers:
+        raise GraphError("every layer is skipped; nothing is left to search")
+    columns = tuple(dict.fromkeys([*usable, *pinned.values()]))
+    share_inputs = len({s.activation for s in columns}) > 1
+    found = make_groups(layers, share_inputs, joined)
+    allowed = np.array([[s in usable for s in columns]] * len(found))
+    for g, group in enumerate(found):
+        fixed = {pinned[x.name] for x in group.layers if x.name in pinned}
+        if len(fixed) > 1:
+            names = ", ".join(x.name for x in group.layers)
+            raise GraphError(
+                f"layers {names} must share a scheme ({group.reason}) but are pinned to {', '.join(map(str, fixed))}"
+            )
+        for scheme in fixed:
+            allowed[g] = [s == scheme for s in columns]
+    return SearchSpace(graph, found, columns, allowed, tuple(x for x in graph if x.name in skipped), device)

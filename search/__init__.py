@@ -1,0 +1,42 @@
+"""Solvers: arrays in (`mpq.problem.Problem`), `Solution` out. Nothing here imports torch.
+
+A solver keeps its settings in the constructor and has one method, ``solve(problem) -> Solution``. A new one is
+one file here plus one line in `SOLVERS`.
+"""
+
+from typing import Protocol
+
+from mpq.problem import Problem, Solution
+from mpq.search.exhaustive import Exhaustive
+from mpq.search.ilp import Ilp
+from mpq.search.knapsack import Knapsack
+from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
+
+
+class Solver(Protocol):
+    """What every solver offers."""
+
+    def solve(self, problem: Problem) -> Solution:
+        """Pick one scheme per group: least loss under the constraints."""
+
+
+SOLVERS: dict[str, type[Solver]] = {"knapsack": Knapsack, "ilp": Ilp, "exhaustive": Exhaustive}
+
+
+def auto_solver(problem: Problem) -> Solver:
+    """The exact solver for a problem: the knapsack for one row, the integer program for several."""
+    rows = sum(c.cost.shape[2] for c in problem.constraints)
+    return Knapsack() if rows <= 1 else Ilp()
+
+
+__all__ = [
+    "SOLVERS",
+    "Exhaustive",
+    "FrontierPicks",
+    "Ilp",
+    "Knapsack",
+    "Solver",
+    "auto_solver",
+    "convex_frontier",
+    "exact_frontier",
+]

@@ -1,0 +1,106 @@
+"""Frontiers of loss against one additive cost: the convex one in a sweep, the exact one by dynamic programming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq.problem import Floats, Ints
+from mpq.search.hull import hull_sweep
+
+
+@dataclass(frozen=True, eq=False)
+class FrontierPicks:
+    """Picks that no other dominates, by rising cost.
+
+    Attributes:
+        picks: ``[P, G]``.
+        cost: ``[P]``, rising.
+        loss: ``[P]``, falling.
+        exact: True if these are all such picks, False if only those on the convex hull.
+    """
+
+    picks: Ints
+    cost: Floats
+    loss: Floats
+    exact: bool
+
+
+def convex_frontier(loss: Floats, cost: Floats) -> FrontierPicks:
+    """Every pick that is optimal for some price of the cost, in one sweep over the hull edges.
+
+    Args:
+        loss: ``[G, S]``, infinite where not allowed.
+        cost: ``[G, S]``, finite.
+    """
+    picks = np.array(list(hull_sweep(loss, cost).picks()))
+    groups = np.arange(len(loss))
+    return FrontierPicks(picks, cost[groups, picks].sum(1), loss[groups, picks].sum(1), exact=False)
+
+
+def extend_frontier(
+    costs: Floats,
+    losses: Floats,
+    more_cost: Floats,
+    more_loss: Floats,
+    limit: float,
+    regrets: tuple[Floats, Floats, float] | None = None,
+) -> tuple[Floats, Floats, Floats, Ints, Ints]:
+    """One step of the dynamic program: join each state with each scheme of the next group and prune.
+
+    Args:
+        costs: Costs of the states ``[N]``.
+        losses: Losses of the states ``[N]``.
+        more_cost: Costs of the group's schemes ``[K]``.
+        more_loss: Losses of the group's schemes ``[K]``.
+        limit: States above this cost are dropped.
+        regrets: Reduced costs of the states ``[N]`` and schemes ``[K]``, and the largest sum that is kept.
+
+    Returns:
+        Costs (rising), losses (falling) and regrets of the new states, the parent state and the scheme of each.
+    """
+    cost = (costs[:, None] + more_cost).ravel()
+    loss = (losses[:, None] + more_loss).ravel()
+    fits = cost <= limit
+    regret = np.zeros_like(cost)
+    if regrets is not None:
+        state_regret, scheme_regret, gap = regrets
+        regret = (state_regret[:, None] + scheme_regret).ravel()
+        fits &= regret <= gap
+    index = np.flatnonzero(fits)
+    index = index[np.lexsort((loss[index], cost[index]))]
+    ordered = loss[index]
+    best_before = np.minimum.accumulate(np.concatenate([[np.inf], ordered]))[:-1]
+    index = index[ordered < best_before]
+    parent, choice = np.divmod(index, len(more_cost))
+    return cost[index], loss[index], regret[index], parent, choice
+
+
+def exact_frontier(loss: Floats, cost: Floats, max_states: int = 200_000) -> FrontierPicks | None:
+    """All picks that no other dominates, by dominance-pruned dynamic programming.
+
+    Args:
+        loss: ``[G, S]``, infinite where not allowed.
+        cost: ``[G, S]``, finite.
+        max_states: Give up above this many states.
+
+    Returns:
+        The frontier, or None if it has too many states.
+    """
+    costs, losses = np.zeros(1), np.zeros(1)
+    history: list[tuple[Ints, Ints]] = []
+    for g in range(len(loss)):
+        schemes = np.flatnonzero(np.isfinite(loss[g]))
+        costs, losses, _, parent, choice = extend_frontier(
+            costs, losses, cost[g, schemes], loss[g, schemes], np.inf
+        )
+        if len(costs) > max_states:
+            return None
+        history.append((parent, schemes[choice]))
+    picks = np.empty((len(costs), len(loss)), np.int64)
+    state = np.arange(len(costs))
+    for g in range(len(loss) - 1, -1, -1):
+        parent, scheme = history[g]
+        picks[:, g], state = scheme[state], parent[state]
+    return FrontierPicks(picks, costs, losses, exact=True)

@@ -1,0 +1,139 @@
+"""Average Hessian trace times squared quantization error (HAWQ-V2, Dong et al., 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mpq.bank import QuantizerBank
+from mpq.calibration import Batch, Calibration
+from mpq.errors import DataError
+from mpq.layers import LayerSpec
+from mpq.losses import OutputLoss
+from mpq.problem import Floats
+from mpq.progress import progress_bar
+from mpq.sensitivity.table import SensitivityTable
+from mpq.space import SearchSpace
+from mpq.view import ModelView
+
+# Draws the random signs of one probe, one tensor per weight.
+Probe = Callable[[list[Tensor]], list[Tensor]]
+
+
+def hessian_trace(
+    view: ModelView,
+    space: SearchSpace,
+    data: Calibration,
+    bank: QuantizerBank,
+    loss: OutputLoss,
+    *,
+    probes: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> SensitivityTable:
+    """Predicted loss ``0.5 * trace(H_ii) / n_i * ||Q(w_i) - w_i||^2`` of every scheme of every group.
+
+    ``H_ii`` is the block of one layer's weight in the Hessian of the mean loss over the data, ``n_i`` its size. All
+    traces come from the same Hessian-vector products (Hutchinson): ``E[v_i^T (H v)_i] = trace(H_ii)`` for random signs
+    ``v`` over all weights. With the ``kl`` and ``mse`` losses the Hessian at the float weights is the Gauss-Newton
+    matrix, so that traces can't be negative but by chance.
+
+    Only weights are scored: activation formats change the costs here, not the loss. Use `influence` to score both.
+
+    Args:
+        view: The model.
+        space: Groups and schemes.
+        data: Calibration data.
+        bank: Quantized weights.
+        loss: What is protected.
+        probes: Random sign vectors.
+        seed: Of the probes.
+        progress: Show a bar.
+
+    Returns:
+        A table in the unit of ``loss``; the standard errors come from the spread of the probes.
+
+    Raises:
+        DataError: If a trace is NaN or infinite, naming the layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    by_storage = {x.storage: x for x in space.layers}
+    names = [x.name for x in by_storage.values()]
+    traces = np.zeros((probes, len(names)))
+    steps = progress_bar(_products(view, names, data, loss, probes, generator), "hessian trace", progress,
+                         total=probes * len(data.batches))
+    for probe, share, forms in steps:
+        traces[probe] += share * forms.numpy()
+    for name, column in zip(names, traces.T, strict=True):
+        if not np.isfinite(column).all():
+            raise DataError(f"the Hessian trace of layer {name!r} is NaN or infinite; check the data and the loss")
+    mean = traces.mean(0)
+    spread = traces.std(0, ddof=1) / probes**0.5 if probes > 1 else np.full(len(names), np.nan)
+    column = {storage: i for i, storage in enumerate(by_storage)}
+
+    def score(values: Floats) -> Floats:
+        return np.array(
+            [
+                [
+                    sum(
+                        0.5 * values[column[x.storage]] / x.parameters * _squared_error(view, bank, x, j)
+                        for x in {y.storage: y for y in g.layers}.values()
+                    )
+                    for j in space.schemes
+                ]
+                for g in space.groups
+            ]
+        )
+
+    provenance = {
+        "estimator": "hessian_trace", "probes": probes, "loss": loss.name,
+        # One forward pass for the reference; then forward, backward and per probe a double backward pass.
+        "forward_passes": 1 + 3 + 4 * probes,
+    }
+    groups = tuple(g.name for g in space.groups)
+    return SensitivityTable(groups, tuple(map(str, space.schemes)), score(mean), score(spread), None, provenance)
+
+
+def _squared_error(view: ModelView, bank: QuantizerBank, layer: LayerSpec, scheme: object) -> float:
+    error = bank.weight(layer, scheme.weight) - view.weight(layer.name)  # type: ignore[attr-defined]
+    return float(error.double().square().sum())
+
+
+def _products(
+    view: ModelView, names: list[str], data: Calibration, loss: OutputLoss, probes: int, generator: torch.Generator
+) -> Iterator[tuple[int, float, Tensor]]:
+    """Probe number, share of the batch in the data, and quadratic forms ``v_i^T (H v)_i`` of every weight."""
+
+    def signs(weights: list[Tensor]) -> list[Tensor]:
+        return [(torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(w.device, w.dtype) for w in weights]
+
+    for batch in data.batches:
+        forms = block_forms(view, names, batch, loss, [signs] * probes)
+        for probe, form in enumerate(forms):
+            yield probe, batch.size / data.num_samples, form
+
+
+def block_forms(
+    view: ModelView, names: list[str], batch: Batch, loss: OutputLoss, probes: list[Probe]
+) -> Iterator[Tensor]:
+    """``v_i^T (H v)_i`` of every named weight, float64 ``[len(names)]``, for each probe ``v``.
+
+    ``H`` is the Hessian of the mean loss over the batch in the named weights together.
+    """
+    with torch.no_grad():
+        reference = view(batch)
+    weights = [view.weight(name).detach().requires_grad_() for name in names]
+    # Fused attention kernels have no second derivative.
+    with view.swapped(dict(zip(names, weights, strict=True))), sdpa_kernel(SDPBackend.MATH):
+        mean = loss.value(view(batch), reference, batch).mean()
+        gradients = torch.autograd.grad(mean, weights, create_graph=True, materialize_grads=True)
+        for probe in probes:
+            vectors = probe(weights)
+            products = torch.autograd.grad(
+                gradients, weights, vectors, retain_graph=True, materialize_grads=True
+            )
+            yield torch.stack([(v * p).double().sum().cpu() for v, p in zip(vectors, products, strict=True)])
