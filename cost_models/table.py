@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mpq.problem import Constraint, Floats
 
@@ -41,6 +41,10 @@ class Cost:
     def constraint(self, limit: float) -> Constraint:
         """That the metric stays under a limit."""
         return Constraint(self.name, self.unit, self.cost, np.array([limit * self.divisor - self.constant]))
+
+    def cost_floor(self, allowed: NDArray[np.bool_]) -> float:
+        """Smallest sum of costs over the allowed choices ``[G, S]``."""
+        return float(np.where(allowed, self.cost, np.inf).min(1).sum())
 
     def metric(self, cost_sum: float) -> float:
         """The metric for a sum of costs."""

@@ -1,3 +1,66 @@
-"""mpq: mixed-precision bit allocation for trained PyTorch networks."""
+"""mpq: mixed-precision bit allocation for trained PyTorch networks.
+
+    cfg = mpq.allocate(model, calib, budget="avg_bits<=4", schemes="W2A8,W3A8,W4A8,W8A8")
+    cfg["layer1.0.conv1"].weight.bits
+    quantized = mpq.quantize(model, cfg)
+
+Everything is imported on first use: ``import mpq`` costs nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from mpq import export
+from mpq._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mpq.allocation import allocate, analyze, pareto
+    from mpq.analysis import Analysis
+    from mpq.apply import quantize
+    from mpq.budget import Budget
+    from mpq.config import BitConfig, Measured, load
+    from mpq.errors import MpqError
+    from mpq.evaluation import Evaluator, evaluate
+    from mpq.frontier import Frontier
+    from mpq.layers import LayerGraph
+    from mpq.quantizers.formats import NumberFormat, Scheme
+    from mpq.trace import trace_model
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "BitConfig",
+    "Budget",
+    "Evaluator",
+    "Frontier",
+    "LayerGraph",
+    "Measured",
+    "MpqError",
+    "NumberFormat",
+    "Scheme",
+    "allocate",
+    "analyze",
+    "evaluate",
+    "export",
+    "load",
+    "pareto",
+    "quantize",
+    "trace_model",
+]
+
+_MODULES = {
+    "mpq.allocation": ("allocate", "analyze", "pareto"),
+    "mpq.analysis": ("Analysis",),
+    "mpq.apply": ("quantize",),
+    "mpq.budget": ("Budget",),
+    "mpq.config": ("BitConfig", "Measured", "load"),
+    "mpq.errors": ("MpqError",),
+    "mpq.evaluation": ("Evaluator", "evaluate"),
+    "mpq.frontier": ("Frontier",),
+    "mpq.layers": ("LayerGraph",),
+    "mpq.quantizers.formats": ("NumberFormat", "Scheme"),
+    "mpq.trace": ("trace_model",),
+}
+
+# No public function shares its module's name: importing the module would replace the function.
+__getattr__ = lazy_names(__name__, {name: module for module, names in _MODULES.items() for name in names})

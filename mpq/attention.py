@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_SPLIT = ("q_proj", "k_proj", "v_proj")
+
+
 class PackedProjection(nn.Module):
     """Query, key and value projections that share one weight ``[3 * embed, embed]``."""
 
@@ -46,12 +49,12 @@ class ExplicitAttention(nn.MultiheadAttention):
         if original._qkv_same_embed_dim:
             self.in_proj = PackedProjection(original.in_proj_weight, bias)
         else:
-            names = ("q_proj", "k_proj", "v_proj")
             parts = bias.detach().chunk(3) if bias is not None else (None, None, None)
-            for name, part in zip(names, parts, strict=True):
+            for name, part in zip(_SPLIT, parts, strict=True):
                 self.add_module(name, _linear(getattr(original, f"{name}_weight"), part))
-        self.in_proj_weight = self.in_proj_bias = None
-        self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
+        self.register_parameter("in_proj_weight", None)
+        self.register_parameter("in_proj_bias", None)
+        self.add_module("out_proj", _linear(original.out_proj.weight, original.out_proj.bias))
 
     def forward(
         self,
@@ -64,7 +67,7 @@ class ExplicitAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention as in ``nn.MultiheadAttention.forward``; dropout is never applied."""
+        """Attention as in ``nn.MultiheadAttention.forward``."""
         q, k, v = self._project(query, key, value)
         batched = q.dim() == 3
         if not batched:
@@ -72,26 +75,30 @@ class ExplicitAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         mask = self._mask(attn_mask, key_padding_mask, q, k)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.reshape(*t.shape[:2], self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
             weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = F.dropout(weights, dropout)
             context = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
         else:
-            context = F.scaled_dot_product_attention(q, k, v, mask)
+            context = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], weights
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if hasattr(self, "in_proj"):
-            q, k, v = self.in_proj(query, key, value)
-            return q, k, v
-        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        packed: PackedProjection | None = self._modules.get("in_proj")  # type: ignore[assignment]
+        if packed is not None:
+            q, k, v = packed(query, key, value)
+        else:
+            q, k, v = (self._modules[n](x) for n, x in zip(_SPLIT, (query, key, value), strict=True))  # type: ignore[misc]
+        return q, k, v
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Both masks as one additive mask that broadcasts to ``[batch, heads, queries, keys]``."""
@@ -108,11 +115,11 @@ class ExplicitAttention(nn.MultiheadAttention):
         return total
 
 
-def _linear(weight: nn.Parameter, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer that shares the given parameters."""
     layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
     layer.out_features, layer.in_features = weight.shape
-    layer.weight = weight
+    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, weight.requires_grad)
     if bias is not None:
         layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, weight.requires_grad)
     return layer

@@ -16,7 +16,7 @@ from mpq.quantizers.formats import NumberFormat, Scheme
 from mpq.quantizers.integer import fake_quantize, fake_quantize_static
 from mpq.quantizers.observers import ActivationObserver
 from mpq.quantizers.ranges import parse_percentile
-from mpq.trees import tensors_in, map_tensors
+from mpq.trees import map_tensors, tensors_in
 from mpq.view import ModelView
 
 Range = tuple[float, float]

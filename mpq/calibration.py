@@ -140,10 +140,10 @@ class Calibration:
         return cls(tuple(batches), digest.hexdigest())
 
 
-def tensor_bytes(t: Tensor) -> bytes | memoryview:
+def tensor_bytes(t: Tensor) -> bytes:
     """Raw bytes of a tensor, whatever its device, layout and dtype."""
     flat = t.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def model_hash(model: nn.Module) -> str:

@@ -105,7 +105,7 @@ class LayerGraph:
 
     layers: tuple[LayerSpec, ...]
     outside: tuple[Outside, ...]
-    dataflow: nx.DiGraph = field(compare=False)
+    dataflow: nx.DiGraph[str] = field(compare=False)
     traced_by: str
     total_macs: int
 
@@ -182,7 +182,9 @@ class LayerGraph:
         for o in self.outside:
             by_reason.setdefault(o.reason, []).append(o)
         for reason, members in by_reason.items():
-            names = ", ".join(o.name for o in members[:2]) + (f" and {len(members) - 2} more" if len(members) > 2 else "")
+            names = ", ".join(o.name for o in members[:2]) + (
+                f" and {len(members) - 2} more" if len(members) > 2 else ""
+            )
             parameters, macs = sum(o.parameters for o in members), sum(o.macs for o in members)
             amount = f"{parameters:,} parameters" if parameters else f"{macs / 1e6:,.2f} M MACs"
             rows.append(f"  outside: {amount} in {names}: {reason}")
@@ -207,7 +209,7 @@ def make_groups(
         Groups ordered by their first layer.
     """
     layers = tuple(layers)
-    links = nx.Graph()
+    links: nx.Graph[str] = nx.Graph()
     links.add_nodes_from(x.name for x in layers)
     reasons: dict[str, str] = {}
 
@@ -227,6 +229,5 @@ def make_groups(
     for layer in layers:
         by_component.setdefault(component[layer.name], []).append(layer)
     return tuple(
-        LayerGroup(found[0].name, tuple(found), reasons.get(found[0].name, "single"))
-        for found in by_component.values()
+        LayerGroup(found[0].name, tuple(found), reasons.get(found[0].name, "single")) for found in by_component.values()
     )

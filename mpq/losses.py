@@ -8,6 +8,7 @@ of that sample's loss in its outputs, at the float outputs. So for a perturbatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +27,9 @@ UserLoss = Callable[[Any, Any], Tensor]
 class OutputLoss(Protocol):
     """What an estimator needs of a loss."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Short name, such as ``kl``."""
 
     def value(self, output: Any, reference: Any, batch: Batch) -> Tensor:
         """Loss of each sample ``[B]``, given the outputs of the changed and of the float model."""
@@ -126,23 +129,26 @@ class MSELoss:
         leaves = [t for t in tensors_in(output) if t.is_floating_point()]
         if not leaves or any(t.dim() == 0 or len(t) != batch.size for t in leaves):
             shapes = ", ".join(str(tuple(t.shape)) for t in leaves) or "no tensor"
-            raise MpqError(f"outputs must have the batch of {batch.size} as first axis, not {shapes}; pass a callable loss")
+            raise MpqError(
+                f"outputs must have the batch of {batch.size} as first axis, not {shapes}; pass a callable loss"
+            )
         return torch.cat([t.flatten(1) if t.dim() > 1 else t[:, None] for t in leaves], 1)
 
     def value(self, output: Any, reference: Any, batch: Batch) -> Tensor:
         """Mean squared error of each sample ``[B]``."""
-        return (self._flat(output, batch) - self._flat(reference, batch)).square().mean(1)
+        error: Tensor = self._flat(output, batch) - self._flat(reference, batch)
+        return error.square().mean(1)
 
     def probe(self, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
         """See `OutputLoss.probe`."""
         y = self._flat(output, batch)
-        return (y * _signs(y, generator)).sum() * (2 / y.shape[1]) ** 0.5
+        return (y * _signs(y, generator)).sum() * math.sqrt(2 / y.shape[1])
 
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """One probe per output element."""
         y = self._flat(output, batch)
         for column in y.unbind(1):
-            yield column.sum() * (2 / y.shape[1]) ** 0.5
+            yield column.sum() * math.sqrt(2 / y.shape[1])
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,9 @@ def resolve_loss(loss: str | UserLoss | OutputLoss, output: Any) -> OutputLoss:
     if loss not in ("auto", "kl", "mse"):
         raise MpqError(f"unknown loss {loss!r}; use 'auto', 'kl', 'mse' or a callable (output, batch) -> loss")
     z = logits_of(output)
-    classes = None if z is None or z.dim() < 2 else z.flatten(0, -2) if z.dim() <= 3 else z.movedim(1, -1).flatten(0, -2)
+    classes = (
+        None if z is None or z.dim() < 2 else z.flatten(0, -2) if z.dim() <= 3 else z.movedim(1, -1).flatten(0, -2)
+    )
     if classes is None or classes.shape[1] < 2:
         if loss == "kl":
             raise MpqError("loss='kl' needs logits with at least two classes; use 'mse' or a callable")

@@ -92,9 +92,7 @@ class Problem:
     def feasible(self, pick: ArrayLike) -> bool:
         """Whether a pick is allowed and meets every constraint."""
         allowed = bool(_take(self.allowed, pick).all())
-        return allowed and all(
-            bool((_take(c.cost, pick).sum(0) <= c.slack_limit).all()) for c in self.constraints
-        )
+        return allowed and all(bool((_take(c.cost, pick).sum(0) <= c.slack_limit).all()) for c in self.constraints)
 
     def smallest_usage(self) -> dict[str, Floats]:
         """Constraint name -> smallest reachable row sums ``[R]``, each row on its own."""
@@ -150,8 +148,16 @@ class Solution:
         return (self.objective - self.bound) / max(abs(self.objective), 1e-300) if self.objective > self.bound else 0.0
 
 
-def solved(problem: Problem, pick: ArrayLike, bound: float, seconds: float, solver: str,
-           prices: Mapping[str, float] | None = None, *, proven: bool = False) -> Solution:
+def solved(
+    problem: Problem,
+    pick: ArrayLike,
+    bound: float,
+    seconds: float,
+    solver: str,
+    prices: Mapping[str, float] | None = None,
+    *,
+    proven: bool = False,
+) -> Solution:
     """A `Solution` for a feasible pick, its objective and usage recomputed from the problem.
 
     Args:

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,9 +64,9 @@ class _Recorder:
         self.ends[marked.grad_fn] = name
         return marked
 
-    def dataflow(self) -> nx.DiGraph:
+    def dataflow(self) -> nx.DiGraph[str]:
         """Edges from autograd's record: which layer outputs an input was computed from."""
-        flow = nx.DiGraph()
+        flow: nx.DiGraph[str] = nx.DiGraph()
         flow.add_nodes_from(self.order)
         for name, functions in self.reads:
             stack, seen = list(functions), set()
@@ -101,13 +100,13 @@ class _LayerTracer(fx.Tracer):
         return op_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-def _fx_dataflow(view: ModelView, order: list[str]) -> nx.DiGraph | None:
+def _fx_dataflow(view: ModelView, order: list[str]) -> nx.DiGraph[str] | None:
     """Dataflow by symbolic tracing, or None where the model can't be traced or runs other layers than seen."""
     try:
         graph = _LayerTracer().trace(view.module)
     except Exception:  # torch.fx raises anything, from the model's own code as well
         return None
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[str] = nx.DiGraph()
     flow.add_nodes_from(order)
     reaches: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
@@ -189,8 +188,15 @@ def trace(view: ModelView, batch: Batch) -> LayerGraph:
         in_shape, out_shape = recorder.shapes[name]
         layers.append(
             LayerSpec(
-                name, op, tuple(weight.shape), axis, in_shape, out_shape,
-                round(recorder.macs[name] / batch.size), math.prod(weight.shape), recorder.calls[name],
+                name,
+                op,
+                tuple(weight.shape),
+                axis,
+                in_shape,
+                out_shape,
+                round(recorder.macs[name] / batch.size),
+                math.prod(weight.shape),
+                recorder.calls[name],
                 storages.setdefault(key, len(storages)),
                 None if source is None else sources.setdefault(id(source), len(sources)),
                 weight.element_size() * 8,
@@ -199,8 +205,11 @@ def trace(view: ModelView, batch: Batch) -> LayerGraph:
     counted = {id(own_weight(view.layers[name])) for name in order}
     outside = _outside(view, set(order), counted, batch.size, total - sum(recorder.macs.values()))
     return LayerGraph(
-        tuple(layers), tuple(outside), flow if flow is not None else recorder.dataflow(),
-        "fx" if flow is not None else "hooks", max(round(total / batch.size), sum(x.macs for x in layers)),
+        tuple(layers),
+        tuple(outside),
+        flow if flow is not None else recorder.dataflow(),
+        "fx" if flow is not None else "hooks",
+        max(round(total / batch.size), sum(x.macs for x in layers)),
     )
 
 

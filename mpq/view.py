@@ -143,7 +143,7 @@ def share_weights(model: nn.Module) -> nn.Module:
 @contextmanager
 def preserved_state(seed: int) -> Iterator[None]:
     """Own random state (seeded), own grad mode: neither what runs inside nor the caller's mode leaks."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+    # Without a list of devices, fork_rng keeps the state of every accelerator in use as well.
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)
         yield

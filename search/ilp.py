@@ -39,8 +39,14 @@ class Ilp:
             remaining = max(0.1, self.time_limit - (time.perf_counter() - started))
             model, choose = _build(problem, loss_scale, tighten)
             solver = pulp.HiGHS(
-                msg=False, timeLimit=remaining, gapRel=0.0, gapAbs=0.0, threads=1, random_seed=self.seed,
-                mip_feasibility_tolerance=_FEASIBILITY, primal_feasibility_tolerance=_FEASIBILITY,
+                msg=False,
+                timeLimit=remaining,
+                gapRel=0.0,
+                gapAbs=0.0,
+                threads=1,
+                random_seed=self.seed,
+                mip_feasibility_tolerance=_FEASIBILITY,
+                primal_feasibility_tolerance=_FEASIBILITY,
             )
             model.solve(solver)
             seconds = time.perf_counter() - started

@@ -57,7 +57,14 @@ class Knapsack:
         return solved(problem, pick, bound, seconds, "knapsack", prices, proven=proven)
 
     def _core(
-        self, problem: Problem, reduced: Floats, cost: Floats, limit: float, bound: float, incumbent: Ints, started: float
+        self,
+        problem: Problem,
+        reduced: Floats,
+        cost: Floats,
+        limit: float,
+        bound: float,
+        incumbent: Ints,
+        started: float,
     ) -> Ints | None:
         """The optimal pick, or None if a limit of time or states was hit."""
         upper = problem.objective(incumbent)
@@ -78,7 +85,12 @@ class Knapsack:
         for g, rest in zip(core, later_least, strict=True):
             schemes = np.flatnonzero(keep[g])
             costs, losses, regret, parent, choice = extend_frontier(
-                costs, losses, cost[g, schemes], problem.loss[g, schemes], limit - rest, (regret, reduced[g, schemes], gap)
+                costs,
+                losses,
+                cost[g, schemes],
+                problem.loss[g, schemes],
+                limit - rest,
+                (regret, reduced[g, schemes], gap),
             )
             history.append((parent, schemes[choice]))
             if len(costs) > self.max_states or time.perf_counter() - started > self.time_limit:

@@ -92,9 +92,7 @@ def exact_frontier(loss: Floats, cost: Floats, max_states: int = 200_000) -> Fro
     history: list[tuple[Ints, Ints]] = []
     for g in range(len(loss)):
         schemes = np.flatnonzero(np.isfinite(loss[g]))
-        costs, losses, _, parent, choice = extend_frontier(
-            costs, losses, cost[g, schemes], loss[g, schemes], np.inf
-        )
+        costs, losses, _, parent, choice = extend_frontier(costs, losses, cost[g, schemes], loss[g, schemes], np.inf)
         if len(costs) > max_states:
             return None
         history.append((parent, schemes[choice]))

@@ -16,6 +16,7 @@ from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
+from mpq.quantizers.formats import Scheme
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.view import ModelView
@@ -64,8 +65,12 @@ def hessian_trace(
     by_storage = {x.storage: x for x in space.layers}
     names = [x.name for x in by_storage.values()]
     traces = np.zeros((probes, len(names)))
-    steps = progress_bar(_products(view, names, data, loss, probes, generator), "hessian trace", progress,
-                         total=probes * len(data.batches))
+    steps = progress_bar(
+        _products(view, names, data, loss, probes, generator),
+        "hessian trace",
+        progress,
+        total=probes * len(data.batches),
+    )
     for probe, share, forms in steps:
         traces[probe] += share * forms.numpy()
     for name, column in zip(names, traces.T, strict=True):
@@ -73,14 +78,14 @@ def hessian_trace(
             raise DataError(f"the Hessian trace of layer {name!r} is NaN or infinite; check the data and the loss")
     mean = traces.mean(0)
     spread = traces.std(0, ddof=1) / probes**0.5 if probes > 1 else np.full(len(names), np.nan)
-    column = {storage: i for i, storage in enumerate(by_storage)}
+    position = {storage: i for i, storage in enumerate(by_storage)}
 
     def score(values: Floats) -> Floats:
         return np.array(
             [
                 [
                     sum(
-                        0.5 * values[column[x.storage]] / x.parameters * _squared_error(view, bank, x, j)
+                        0.5 * values[position[x.storage]] / x.parameters * _squared_error(view, bank, x, j)
                         for x in {y.storage: y for y in g.layers}.values()
                     )
                     for j in space.schemes
@@ -90,7 +95,9 @@ def hessian_trace(
         )
 
     provenance = {
-        "estimator": "hessian_trace", "probes": probes, "loss": loss.name,
+        "estimator": "hessian_trace",
+        "probes": probes,
+        "loss": loss.name,
         # One forward pass for the reference; then forward, backward and per probe a double backward pass.
         "forward_passes": 1 + 3 + 4 * probes,
     }
@@ -98,13 +105,18 @@ def hessian_trace(
     return SensitivityTable(groups, tuple(map(str, space.schemes)), score(mean), score(spread), None, provenance)
 
 
-def _squared_error(view: ModelView, bank: QuantizerBank, layer: LayerSpec, scheme: object) -> float:
-    error = bank.weight(layer, scheme.weight) - view.weight(layer.name)  # type: ignore[attr-defined]
+def _squared_error(view: ModelView, bank: QuantizerBank, layer: LayerSpec, scheme: Scheme) -> float:
+    error = bank.weight(layer, scheme.weight) - view.weight(layer.name)
     return float(error.double().square().sum())
 
 
 def _products(
-    view: ModelView, names: list[str], data: Calibration, loss: OutputLoss, probes: int, generator: torch.Generator
+    view: ModelView,
+    names: list[str],
+    data: Calibration,
+    loss: OutputLoss,
+    probes: int,
+    generator: torch.Generator,
 ) -> Iterator[tuple[int, float, Tensor]]:
     """Probe number, share of the batch in the data, and quadratic forms ``v_i^T (H v)_i`` of every weight."""
 
@@ -133,7 +145,5 @@ def block_forms(
         gradients = torch.autograd.grad(mean, weights, create_graph=True, materialize_grads=True)
         for probe in probes:
             vectors = probe(weights)
-            products = torch.autograd.grad(
-                gradients, weights, vectors, retain_graph=True, materialize_grads=True
-            )
+            products = torch.autograd.grad(gradients, weights, vectors, retain_graph=True, materialize_grads=True)
             yield torch.stack([(v * p).double().sum().cpu() for v, p in zip(vectors, products, strict=True)])

@@ -81,7 +81,13 @@ def _draws(loss: OutputLoss, output: Any, batch: Batch, draws: int, generator: t
 
 
 def _table(
-    space: SearchSpace, samples: int, per_batch: list[Tensor], passes: float, draws: int, exact: bool, loss: str
+    space: SearchSpace,
+    samples: int,
+    per_batch: list[Tensor],
+    passes: float,
+    draws: int,
+    exact: bool,
+    loss: str,
 ) -> SensitivityTable:
     """Join the effects ``[rows, draws, layers, schemes]`` of all batches; layers become groups."""
     column = {layer.name: i for i, layer in enumerate(space.layers)}
@@ -93,7 +99,10 @@ def _table(
     rows = len(shares)
     stderr = shares.std(0, ddof=1) * rows**0.5 / samples if rows > 1 else np.full(shares.shape[1:], np.nan)
     provenance = {
-        "estimator": "influence", "draws": "exact" if exact else draws, "loss": loss, "rows": rows,
+        "estimator": "influence",
+        "draws": "exact" if exact else draws,
+        "loss": loss,
+        "rows": rows,
         "forward_passes": round(passes, 2),
     }
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))

@@ -83,8 +83,12 @@ class SensitivityTable:
         try:
             header = json.loads(metadata["header"])
             table = cls(
-                tuple(header["groups"]), tuple(header["schemes"]), arrays["loss"], arrays["stderr"],
-                arrays.get("factor"), header["provenance"],
+                tuple(header["groups"]),
+                tuple(header["schemes"]),
+                arrays["loss"],
+                arrays["stderr"],
+                arrays.get("factor"),
+                header["provenance"],
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path} is a damaged sensitivity table: {error!r}") from None

@@ -1,0 +1,5 @@
+"""``python -m mpq``."""
+
+from mpq.cli import main
+
+main()

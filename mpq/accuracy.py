@@ -1,0 +1,78 @@
+"""Accuracy budgets: the cheapest config whose measured accuracy drop stays within a limit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpq.analysis import Analysis
+from mpq.budget import Budget
+from mpq.config import BitConfig
+from mpq.errors import BudgetError
+from mpq.evaluation import Evaluator
+from mpq.progress import progress_bar
+from mpq.search import Solver, convex_frontier
+
+_STEPS = 12  # bisection halves the range of sizes: 12 steps reach 1/4096 of it
+
+
+def smallest_within_drop(
+    analysis: Analysis,
+    evaluator: Evaluator,
+    drop: Budget,
+    others: tuple[Budget, ...],
+    solver: str | Solver,
+    progress: bool,
+) -> BitConfig:
+    """Bisection over the size limit, each step an exact optimum that is measured.
+
+    The answer has been measured to be within the limit. Accuracy need not be monotone in size, so a smaller config that
+    happens to be within it may exist.
+
+    Args:
+        analysis: The measured model.
+        evaluator: Measures configs.
+        drop: The accuracy budget.
+        others: Further budgets; all are met as well.
+        solver: Solver of each step.
+        progress: Show a bar.
+
+    Raises:
+        BudgetError: If even the config with the least predicted loss under the other budgets exceeds the limit.
+    """
+    size = analysis.costs["size"]
+    if any(b.metric == "size" for b in others):
+        others_without = tuple(b for b in others if b.metric != "size")
+        cap = next(b for b in others if b.metric == "size").limit(size.reference)
+    else:
+        others_without, cap = others, np.inf
+
+    def solve(limit: float) -> BitConfig:
+        budgets = (*others_without, Budget("size", limit, False, f"size<={limit:.0f}B"))
+        return analysis.config_for((drop, *others), analysis.solve(budgets, solver))
+
+    frontier = convex_frontier(analysis.problem().loss, size.cost)
+    low, high = (size.metric(frontier.cost[i]) for i in (0, -1))
+    best = solve(min(cap, high) if np.isfinite(cap) else high)
+    measured_drop, measured = evaluator.accuracy_drop(best)
+    best = best.with_measured(measured)
+    if measured_drop > drop.value:
+        raise BudgetError(
+            f"{drop.text} can't be met: the config with the least predicted loss measures a drop of {measured_drop:.2%} "
+            f"at {best.size_bytes / 1e3:,.1f} kB; allow higher bits or a larger drop"
+        )
+    high = best.size_bytes
+    for _ in progress_bar(range(_STEPS), "accuracy budget", progress):
+        if high - low < 1:
+            break
+        middle = (low + high) / 2
+        try:
+            candidate = solve(middle)
+        except BudgetError:  # the other budgets can't be met at this size
+            low = middle
+            continue
+        measured_drop, measured = evaluator.accuracy_drop(candidate)
+        if measured_drop <= drop.value:
+            best, high = candidate.with_measured(measured), candidate.size_bytes
+        else:
+            low = middle
+    return best

@@ -1,0 +1,226 @@
+"""The calls that users make: `allocate`, `pareto` and `analyze`, which both start from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpq import __version__
+from mpq.accuracy import smallest_within_drop
+from mpq.analysis import Analysis, Budgets
+from mpq.bank import QuantizerBank, layer_scheme
+from mpq.budget import parse_budgets
+from mpq.calibration import Calibration, model_hash
+from mpq.config import BitConfig
+from mpq.cost_models import COST_MODELS, Device, find_device
+from mpq.errors import BudgetError, MpqError
+from mpq.evaluation import Evaluator
+from mpq.frontier import Frontier
+from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
+from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.search import Solver
+from mpq.sensitivity import ESTIMATORS, Estimator
+from mpq.space import SearchSpace, make_space
+from mpq.trace import trace
+from mpq.view import Forward, ModelView, preserved_state
+
+DEFAULT_SCHEMES = "W2A8,W3A8,W4A8,W8A8"
+
+
+def analyze(
+    model: nn.Module,
+    calib: Iterable[Any],
+    schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
+    *,
+    loss: str | UserLoss | OutputLoss = "auto",
+    estimator: str | Estimator = "influence",
+    estimator_options: Mapping[str, Any] | None = None,
+    device: str | Device = "generic",
+    pin: Mapping[str, str | Scheme] | None = None,
+    skip: Sequence[str] = (),
+    groups: Iterable[Sequence[str]] = (),
+    weight_range: str = "mse",
+    activation_range: str = "mse",
+    max_samples: int | None = 512,
+    forward: Forward | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Analysis:
+    """Measure a model once; every budget is then solved from the result without touching the model again.
+
+    Args:
+        model: A trained network; its weights, mode, hooks and the random state stay as they are.
+        calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
+        schemes: What each layer may have, such as ``"W2A8,W4A8,W8A8"``.
+        loss: What is protected: ``auto`` (KL to the float model for logits, squared error otherwise), ``kl``, ``mse`` or
+            a callable ``(output, batch) -> loss``.
+        estimator: A name in `mpq.sensitivity.ESTIMATORS` or an estimator.
+        estimator_options: Keywords for the estimator, such as ``{"draws": 4}``.
+        device: Name of a profile (see ``mpq devices``); schemes without a kernel there are left out.
+        pin: Layer name or glob -> the scheme it must have, such as ``{"fc": "W8A8"}``.
+        skip: Layer names or globs to leave float.
+        groups: Lists of layer names or globs that must share a scheme.
+        weight_range: Range rule of weights: ``mse``, ``minmax`` or ``percentile:P``.
+        activation_range: Range rule of activations.
+        max_samples: Use at most about this many samples (whole batches); None takes all.
+        forward: ``(model, batch) -> output`` where batches are not what the model's ``forward`` takes.
+        seed: Of everything random.
+        progress: Show bars for what takes over two seconds.
+
+    Raises:
+        MpqError: With a message that names the layer, batch or option at fault, before any long work.
+    """
+    if isinstance(estimator, str) and estimator not in ESTIMATORS:
+        raise MpqError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    found_device, parsed = find_device(device), parse_schemes(schemes)
+    with preserved_state(seed):
+        view = ModelView(model, forward)
+        data = Calibration.load(calib, model, max_samples)
+        with torch.no_grad():
+            output = view(data.batches[0])
+        check_finite_output(output, "on the first calibration batch")
+        resolved = resolve_loss(loss, output)
+        _check_loss(resolved, output, data)
+        graph = trace(view, data.batches[0])
+        space = make_space(graph, parsed, pin=pin, skip=skip, groups=groups, device=found_device)
+        bank = QuantizerBank(view, graph, weight_range, activation_range)
+        bank.prepare(space.schemes, progress)
+        bank.observe(data, progress)
+        table = estimate(
+            view, space, data, bank, resolved, seed=seed, progress=progress, **dict(estimator_options or {})
+        )
+        if not np.isfinite(table.loss).all():
+            g, s = np.argwhere(~np.isfinite(table.loss))[0]
+            raise MpqError(f"the predicted loss of {table.groups[g]!r} at {table.schemes[s]} is NaN or infinite")
+        ranges = _ranges(space, bank)
+    name = estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
+    provenance = {
+        "model_hash": model_hash(model),
+        "data_hash": data.hash,
+        "samples": data.num_samples,
+        "seed": seed,
+        "estimator": name,
+        "loss": resolved.name,
+        # One pass traced, one for activation ranges, then the estimator's own.
+        "forward_passes": round(1 + float(table.provenance.get("forward_passes", 0.0)), 2),
+        "weight_range": weight_range,
+        "activation_range": activation_range,
+        "device": found_device.name,
+        "model_class": type(model).__name__,
+        "coverage": {"parameters": graph.parameter_coverage, "macs": graph.mac_coverage},
+        "versions": _versions(),
+    }
+    table = replace(table, provenance={**table.provenance, **provenance})
+    return Analysis(space, table, {k: cost(space) for k, cost in COST_MODELS.items()}, ranges, provenance)
+
+
+def allocate(
+    model: nn.Module,
+    calib: Iterable[Any],
+    budget: Budgets,
+    schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
+    *,
+    solver: str | Solver = "auto",
+    eval_data: Iterable[Any] | None = None,
+    **options: Any,
+) -> BitConfig:
+    """The per-layer bits that cost the least accuracy under budgets.
+
+    Args:
+        model: A trained network; never touched.
+        calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
+        budget: One or several: ``"size<=25%"`` (of the float model), ``"size<=300KB"``, ``"avg_bits<=4"``,
+            ``"stored_bits<=4.5"``, ``"bitops<=2G"``; or ``"accuracy_drop<=0.5%"`` (percentage points, measured on
+            ``eval_data``): then the smallest config that keeps within it.
+        schemes: What each layer may have.
+        solver: ``auto``, a name in `mpq.search.SOLVERS`, or a solver.
+        eval_data: Labelled batches; if given, the result is measured on them.
+        **options: As for `analyze`.
+
+    Raises:
+        MpqError: With a message that names what is wrong and the fix.
+
+    Example:
+        >>> from mpq.bundled import load_example
+        >>> model, calib, test = load_example()
+        >>> cfg = allocate(model, calib[:2], "avg_bits<=4", "W2A8,W4A8,W8A8", progress=False)
+        >>> cfg.avg_bits <= 4, len(cfg)
+        (True, 22)
+    """
+    budgets = parse_budgets(budget)
+    unmeasured = [b.metric for b in budgets if b.metric not in COST_MODELS and b.metric != "accuracy_drop"]
+    if unmeasured:
+        raise BudgetError(
+            f"no cost model for {unmeasured[0]!r} on this device; budgets may limit "
+            f"{', '.join(COST_MODELS)} and accuracy_drop"
+        )
+    drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
+    if drop is not None and eval_data is None:
+        raise BudgetError(f"{drop.text} must be measured: pass eval_data=labelled batches")
+    progress = bool(options.get("progress", True))
+    evaluator = None
+    if eval_data is not None:
+        evaluator = Evaluator(model, eval_data, forward=options.get("forward"), progress=progress)
+    analysis = analyze(model, calib, schemes, **options)
+    others = tuple(b for b in budgets if b is not drop)
+    if drop is not None and evaluator is not None:
+        return smallest_within_drop(analysis, evaluator, drop, others, solver, progress)
+    config = analysis.config_for(others, analysis.solve(others, solver))
+    return config if evaluator is None else config.with_measured(evaluator.measure(config))
+
+
+def pareto(
+    model: nn.Module,
+    calib: Iterable[Any],
+    schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
+    *,
+    metric: str = "size",
+    **options: Any,
+) -> Frontier:
+    """All best trade-offs between predicted loss and a cost; any budget can then be asked of it.
+
+    Args:
+        model: A trained network; never touched.
+        calib: Calibration batches, as for `allocate`.
+        schemes: What each layer may have.
+        metric: The cost on the horizontal axis: a name in `mpq.cost_models.COST_MODELS`.
+        **options: As for `analyze`.
+
+    Raises:
+        MpqError: With a message that names what is wrong and the fix.
+    """
+    if metric not in COST_MODELS:
+        raise BudgetError(f"no cost model for {metric!r}; known: {', '.join(COST_MODELS)}")
+    return analyze(model, calib, schemes, **options).pareto(metric)
+
+
+def _check_loss(loss: OutputLoss, output: Any, data: Calibration) -> None:
+    value = loss.value(output, output, data.batches[0])
+    if not torch.isfinite(value).all():
+        raise MpqError(f"the {loss.name} loss of the float model is NaN or infinite on the first calibration batch")
+
+
+def _ranges(space: SearchSpace, bank: QuantizerBank) -> dict[tuple[str, str], tuple[float, float]]:
+    found = {}
+    for layer in space.layers:
+        for scheme in {layer_scheme(layer, s) for s in space.schemes}:
+            limits = bank.range(layer, scheme.activation)
+            if limits is not None:
+                found[layer.name, str(scheme)] = limits
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "mpq": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

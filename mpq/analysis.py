@@ -1,0 +1,255 @@
+"""`Analysis`: everything measured about a model, from which any budget is solved at once. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mpq.budget import UNITS, Budget, parse_budgets
+from mpq.config import BitConfig, LayerChoice
+from mpq.cost_models.table import Cost
+from mpq.errors import BudgetError, FormatError
+from mpq.layers import LayerSpec, Outside
+from mpq.problem import Ints, Problem, Solution, Status
+from mpq.quantizers.formats import Scheme
+from mpq.search import SOLVERS, Solver, auto_solver
+from mpq.space import SearchSpace
+
+if TYPE_CHECKING:
+    from mpq.frontier import Frontier
+    from mpq.sensitivity.table import SensitivityTable
+
+Budgets = str | Budget | Iterable[str | Budget]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """A measured model: layer graph, search space, sensitivities and costs.
+
+    Made by `mpq.analyze`. Solving is fast and never measures again: ``analysis.allocate("size<=25%")``.
+
+    Attributes:
+        space: Groups, schemes and the layer graph.
+        table: Predicted loss of each choice.
+        costs: Metric -> cost of each choice.
+        ranges: (layer, scheme name) -> calibrated activation range.
+        provenance: What goes into every config made from it.
+    """
+
+    space: SearchSpace
+    table: SensitivityTable
+    costs: Mapping[str, Cost]
+    ranges: Mapping[tuple[str, str], tuple[float, float]] = field(repr=False)
+    provenance: Mapping[str, Any] = field(repr=False)
+
+    def problem(self, budgets: Iterable[Budget] = ()) -> Problem:
+        """The arrays of an allocation under budgets.
+
+        Raises:
+            BudgetError: If a metric has no cost model here.
+        """
+        constraints = []
+        for budget in budgets:
+            cost = self._cost(budget.metric)
+            constraints.append(cost.constraint(budget.limit(cost.reference)))
+        return Problem(np.where(self.space.allowed, self.table.loss, np.inf), tuple(constraints))
+
+    def allocate(self, budget: Budgets, solver: str | Solver = "auto") -> BitConfig:
+        """The config with the least predicted loss under budgets.
+
+        Args:
+            budget: One or several, such as ``"size<=25%"`` or ``["avg_bits<=4", "bitops<=2G"]``.
+            solver: ``auto``, a name in `mpq.search.SOLVERS`, or a solver.
+
+        Raises:
+            BudgetError: If a budget does not parse, needs measuring, or can't be reached.
+        """
+        budgets = parse_budgets(budget)
+        if any(b.metric == "accuracy_drop" for b in budgets):
+            raise BudgetError("accuracy_drop is measured: use mpq.allocate(..., eval_data=labelled batches)")
+        return self.config_for(budgets, self.solve(budgets, solver))
+
+    def solve(self, budgets: tuple[Budget, ...], solver: str | Solver = "auto") -> Solution:
+        """The solution under budgets.
+
+        Raises:
+            BudgetError: If they can't be reached; says what can.
+        """
+        problem = self.problem(budgets)
+        chosen = auto_solver(problem) if solver == "auto" else _solver(solver)
+        solution = chosen.solve(problem)
+        if solution.pick is None:
+            raise BudgetError(self._unreachable(budgets, problem, solution))
+        return solution
+
+    def config_for(self, budgets: tuple[Budget, ...], solution: Solution) -> BitConfig:
+        """The config of a solution."""
+        assert solution.pick is not None
+        bound = solution.bound if math.isfinite(solution.bound) else None
+        record = {
+            "name": solution.solver,
+            "status": solution.status.value,
+            "objective": solution.objective,
+            "bound": bound,
+            "gap": None if bound is None else solution.gap,
+        }
+        return self._config(solution.pick, tuple(b.text for b in budgets), record)
+
+    def config(self, pick: ArrayLike) -> BitConfig:
+        """The config of any pick ``[G]`` of scheme indices."""
+        picks = np.asarray(pick, np.int64)
+        record = {
+            "name": "given",
+            "status": "given",
+            "objective": self.table.total(picks)[0],
+            "bound": None,
+            "gap": None,
+        }
+        return self._config(picks, (), record)
+
+    def uniform(self, scheme: str | Scheme) -> BitConfig:
+        """The same scheme everywhere, pinned groups excepted.
+
+        Raises:
+            FormatError: If it is not in the search space.
+        """
+        wanted = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+        if wanted not in self.space.schemes:
+            raise FormatError(f"{wanted} is not in the search space: {', '.join(map(str, self.space.schemes))}")
+        column = self.space.schemes.index(wanted)
+        pick = [column if row[column] else int(row.argmax()) for row in self.space.allowed]
+        return self.config(pick)
+
+    def pareto(self, metric: str = "size") -> Frontier:
+        """All best trade-offs between predicted loss and a metric.
+
+        Raises:
+            BudgetError: If the metric has no cost model here.
+        """
+        from mpq.frontier import make_frontier
+
+        return make_frontier(self, self._cost(metric))
+
+    def _cost(self, metric: str) -> Cost:
+        if metric not in self.costs:
+            known = ", ".join(self.costs)
+            hint = "it needs a device profile with a latency model" if metric in UNITS else "it is unknown"
+            raise BudgetError(f"no cost model for {metric!r}: {hint}; budgets here may limit {known}")
+        return self.costs[metric]
+
+    def metrics(self, pick: Ints) -> dict[str, dict[str, Any]]:
+        """Metric -> value, unit and the float model's value."""
+        return {
+            name: {"value": c.total(pick), "unit": c.unit, "float": float(c.reference)}
+            for name, c in self.costs.items()
+        }
+
+    def _config(self, pick: Ints, budgets: tuple[str, ...], solver: dict[str, Any]) -> BitConfig:
+        layers: dict[str, LayerChoice] = {}
+        for g, group in enumerate(self.space.groups):
+            for layer in group.layers:
+                layers[layer.name] = self._choice(layer, group.name, g, int(pick[g]))
+        loss, stderr = self.table.total(pick)
+        predicted = {
+            "loss": loss,
+            "stderr": _number(stderr),
+            "with_interactions": None if self.table.factor is None else self.table.quadratic(pick),
+        }
+        order = [x.name for x in self.space.graph if x.name in layers]
+        skipped = tuple(
+            Outside(x.name, x.parameters, x.parameters * x.element_bits // 8, x.macs, "skipped by the user")
+            for x in self.space.skipped
+        )
+        return BitConfig(
+            {name: layers[name] for name in order},
+            skipped + self.space.graph.outside,
+            self.metrics(pick),
+            predicted,
+            None,
+            budgets,
+            solver,
+            self.provenance,
+        )
+
+    def _choice(self, layer: LayerSpec, group: str, g: int, s: int) -> LayerChoice:
+        scheme = self.space.schemes[s]
+        if layer.source is None:
+            scheme = Scheme(scheme.weight)
+        return LayerChoice(
+            scheme,
+            self.ranges.get((layer.name, str(scheme))),
+            group,
+            layer.op,
+            layer.weight_shape,
+            layer.parameters,
+            layer.macs,
+            float(self.table.loss[g, s]),
+            _number(self.table.stderr[g, s]),
+        )
+
+    def _unreachable(self, budgets: tuple[Budget, ...], problem: Problem, solution: Solution) -> str:
+        """What can't be met, which limit binds and what is the least of every metric."""
+        if solution.status is not Status.INFEASIBLE:
+            return solution.message
+        least = {name: c.metric(c.cost_floor(self.space.allowed)) for name, c in self.costs.items()}
+        by_metric = {b.metric: b for b in budgets}
+        binding = [m for m, b in by_metric.items() if least[m] > b.limit(self.costs[m].reference) * (1 + 1e-9)]
+        if binding:
+            parts = [
+                f"{by_metric[m].text} ({_show(self.costs[m], by_metric[m].limit(self.costs[m].reference))}) "
+                f"is below the smallest reachable {_show(self.costs[m], least[m])}"
+                for m in binding
+            ]
+            start = "; ".join(parts)
+        else:
+            parts = []
+            for m in by_metric:
+                others = tuple(b for b in budgets if b.metric != m)
+                found = auto_solver(problem).solve(
+                    Problem(
+                        np.where(self.space.allowed, self.costs[m].cost, np.inf),
+                        self.problem(others).constraints,
+                    )
+                )
+                if found.pick is not None:
+                    parts.append(
+                        f"under the others, {m} reaches {_show(self.costs[m], self.costs[m].total(found.pick))}"
+                    )
+            start = (
+                f"{' and '.join(by_metric[m].text for m in by_metric)} can be met alone but not together; "
+                + "; ".join(parts)
+            )
+        reach = ", ".join(f"{m} {_show(self.costs[m], v)}" for m, v in least.items())
+        return f"the budget can't be met: {start}. Smallest reachable: {reach}. Loosen the limit or allow lower bits"
+
+    def __repr__(self) -> str:
+        cost = self.table.provenance.get("forward_passes")
+        return (
+            f"Analysis({self.space!r}, {self.provenance['estimator']} at {cost} forward passes of the calibration set)"
+        )
+
+
+def _solver(solver: str | Solver) -> Solver:
+    if not isinstance(solver, str):
+        return solver
+    if solver not in SOLVERS:
+        raise BudgetError(f"unknown solver {solver!r}; known: auto, {', '.join(SOLVERS)}")
+    return SOLVERS[solver]()
+
+
+def _number(value: float) -> float | None:
+    """A float that JSON can hold, or None."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _show(cost: Cost, value: float) -> str:
+    """A metric for people, with its share of the float model."""
+    if cost.unit == "bits":
+        return f"{value:.3g} bits"
+    scaled = f"{value / 1e3:,.1f} kB" if cost.unit == "bytes" else f"{value / 1e9:,.4g} G"
+    return f"{scaled} ({value / cost.reference:.1%})" if cost.reference else scaled

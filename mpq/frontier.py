@@ -1,0 +1,142 @@
+"""`Frontier`: all best trade-offs between predicted loss and one cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from mpq.analysis import Analysis, Budgets
+from mpq.config import BitConfig
+from mpq.cost_models.table import Cost
+from mpq.problem import Floats, Ints
+from mpq.search import convex_frontier, exact_frontier
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier(Sequence[BitConfig]):
+    """Configs that no other dominates, by rising cost.
+
+    ``front[i]`` is a `BitConfig`; ``front.at("size<=30%")`` is the exact optimum for a budget, also between the points.
+
+    Attributes:
+        analysis: What it was made from.
+        metric: The cost on the horizontal axis.
+        unit: Its unit.
+        cost: Metric of each point ``[P]``, rising.
+        loss: Predicted loss of each point ``[P]``, falling.
+        picks: Scheme index per group of each point ``[P, G]``.
+        exact: True if no other trade-off exists; False if these are the points of the convex hull.
+        total: How many points the frontier has before thinning.
+    """
+
+    analysis: Analysis = field(repr=False)
+    metric: str
+    unit: str
+    cost: Floats
+    loss: Floats
+    picks: Ints
+    exact: bool
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    @overload
+    def __getitem__(self, index: int) -> BitConfig: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BitConfig]: ...
+    def __getitem__(self, index: int | slice) -> BitConfig | list[BitConfig]:
+        if isinstance(index, slice):
+            return [self.analysis.config(pick) for pick in self.picks[index]]
+        return self.analysis.config(self.picks[index])
+
+    def __iter__(self) -> Iterator[BitConfig]:
+        return (self.analysis.config(pick) for pick in self.picks)
+
+    def at(self, budget: Budgets) -> BitConfig:
+        """The config with the least predicted loss under budgets: solved exactly, nothing is measured again.
+
+        Raises:
+            BudgetError: If a budget does not parse or can't be reached.
+        """
+        return self.analysis.allocate(budget)
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw it with matplotlib; see `mpq.viz.plot_frontier` for the options."""
+        from mpq.viz import plot_frontier
+
+        return plot_frontier(self, ax, **options)
+
+    def to_json(self) -> str:
+        """Metric, unit and all points with their schemes by layer."""
+        points = [
+            {"cost": c, "loss": x, "schemes": cfg.schemes()}
+            for c, x, cfg in zip(self.cost.tolist(), self.loss.tolist(), self, strict=True)
+        ]
+        data = {
+            "schema": "mpq/frontier-1",
+            "metric": self.metric,
+            "unit": self.unit,
+            "exact": self.exact,
+            "total": self.total,
+            "points": points,
+            "provenance": dict(sorted(self.analysis.provenance.items())),
+        }
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON file."""
+        Path(path).write_text(self.to_json(), "utf8")
+        return Path(path)
+
+    def _kind(self) -> str:
+        thinned = f", thinned from {self.total:,}" if self.total > len(self) else ""
+        return f"{len(self)} points of the {'exact' if self.exact else 'convex'} frontier{thinned}"
+
+    def __repr__(self) -> str:
+        rows = [f"Frontier: {self._kind()}, predicted {self.analysis.provenance['loss']} rise against {self.metric}"]
+        for i in np.unique(np.linspace(0, len(self) - 1, 9).astype(int)):
+            rows.append(f"  [{i:>4}] {self.metric} {self.cost[i]:>14,.6g} {self.unit}   loss {self.loss[i]:.5g}")
+        return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Frontier:
+    """The frontier of an analysis over one cost: exact if it is small enough, else its convex hull.
+
+    Args:
+        analysis: What is known of the model.
+        cost: The cost on the horizontal axis.
+        max_points: Thin a longer frontier to about this many points; the points of its hull all stay.
+    """
+    loss = analysis.problem().loss
+    hull = convex_frontier(loss, cost.cost)
+    found = exact_frontier(loss, cost.cost) or hull
+    keep = np.arange(len(found.cost))
+    if found.exact and len(keep) > max_points:
+        on_hull = np.isin(found.cost, hull.cost)
+        # Evenly along the cost axis, so that no stretch of it is left empty.
+        spread = np.searchsorted(found.cost, np.linspace(found.cost[0], found.cost[-1], max_points))
+        keep = np.union1d(np.flatnonzero(on_hull), spread)
+    metric = np.array([cost.metric(c) for c in found.cost[keep]])
+    return Frontier(
+        analysis,
+        cost.name,
+        cost.unit,
+        metric,
+        found.loss[keep],
+        found.picks[keep],
+        found.exact,
+        len(found.cost),
+    )
