@@ -45,7 +45,7 @@ def _base(fmt: NumberFormat | None) -> str:
 
 
 @cache
-def devices() -> dict[str, Device]:
+def all_devices() -> dict[str, Device]:
     """All shipped profiles by name."""
     folder = resources.files("mpq.cost_models")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
@@ -65,8 +65,8 @@ def find_device(device: str | Device) -> Device:
     """
     if isinstance(device, Device):
         return device
-    if device not in devices():
-        near = get_close_matches(device, devices(), 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(devices())}"
+    if device not in all_devices():
+        near = get_close_matches(device, all_devices(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(all_devices())}"
         raise FormatError(f"unknown device {device!r}; {hint}")
-    return devices()[device]
+    return all_devices()[device]

@@ -57,8 +57,8 @@ def smallest_within_drop(
     best = best.with_measured(measured)
     if measured_drop > drop.value:
         raise BudgetError(
-            f"{drop.text} can't be met: the config with the least predicted loss measures a drop of {measured_drop:.2%} "
-            f"at {best.size_bytes / 1e3:,.1f} kB; allow higher bits or a larger drop"
+            f"{drop.text} can't be met: the config with the least predicted loss measures a drop of "
+            f"{measured_drop:.2%} at {best.size_bytes / 1e3:,.1f} kB; allow higher bits or a larger drop"
         )
     high = best.size_bytes
     for _ in progress_bar(range(_STEPS), "accuracy budget", progress):

@@ -58,8 +58,8 @@ def analyze(
         model: A trained network; its weights, mode, hooks and the random state stay as they are.
         calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
         schemes: What each layer may have, such as ``"W2A8,W4A8,W8A8"``.
-        loss: What is protected: ``auto`` (KL to the float model for logits, squared error otherwise), ``kl``, ``mse`` or
-            a callable ``(output, batch) -> loss``.
+        loss: What is protected: ``auto`` (KL to the float model for logits, squared error otherwise), ``kl``,
+            ``mse`` or a callable ``(output, batch) -> loss``.
         estimator: A name in `mpq.sensitivity.ESTIMATORS` or an estimator.
         estimator_options: Keywords for the estimator, such as ``{"draws": 4}``.
         device: Name of a profile (see ``mpq devices``); schemes without a kernel there are left out.

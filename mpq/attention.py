@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _SPLIT = ("q_proj", "k_proj", "v_proj")
 
 

@@ -137,7 +137,7 @@ def compare(
 @app.command()
 def devices() -> None:
     """List the device profiles: what each can run, and where the figures come from."""
-    from mpq.cost_models.devices import devices as all_devices
+    from mpq.cost_models.devices import all_devices
 
     table = Table("device", "description", "kernels (weight x activation)", "source")
     for device in all_devices().values():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpq.apply import InputQuantizer
 from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
 from mpq.config import BitConfig, Measured
@@ -17,7 +18,6 @@ from mpq.errors import ConfigError, DataError
 from mpq.losses import (
     CallableLoss,
     KLLoss,
-    OutputLoss,
     UserLoss,
     check_finite_output,
     logits_of,
@@ -37,31 +37,34 @@ class _Totals:
     predictions: int = 0
     correct: int = 0
     cross_entropy: float = 0.0
-    user_loss: float = 0.0
-    kl: float = 0.0
-    has_kl: bool = field(default=False)
-    has_user_loss: bool = field(default=False)
+    user_loss: float | None = None
+    kl: float | None = None
 
     def result(self) -> Measured:
         labelled = self.predictions > 0
         mean = self.cross_entropy / self.predictions if labelled else None
-        loss = self.user_loss / self.samples if self.has_user_loss else mean
-        kl = self.kl / self.samples if self.has_kl else None
+        loss = mean if self.user_loss is None else self.user_loss / self.samples
+        kl = None if self.kl is None else self.kl / self.samples
         return Measured(self.samples, self.correct / self.predictions if labelled else None, loss, kl)
 
 
-def _measure(run: Any, batches: Iterable[Batch], references: list[Any] | None, loss: OutputLoss | None) -> Measured:
+def _measure(
+    run: Callable[[Batch], Any],
+    batches: Iterable[Batch],
+    references: list[Any] | None = None,
+    loss: CallableLoss | None = None,
+) -> Measured:
+    """Run all batches; ``references`` are the float model's outputs for them."""
     totals = _Totals()
+    divergence = None if references is None else resolve_loss("auto", references[0])
     for i, batch in enumerate(batches):
         output = run(batch)
         totals.samples += batch.size
         _count(totals, output, batch)
-        if isinstance(loss, CallableLoss):
-            totals.has_user_loss = True
-            totals.user_loss += float(loss.value(output, None, batch).double().sum())
-        if references is not None and isinstance(loss or (loss := resolve_loss("auto", references[i])), KLLoss):
-            totals.has_kl = True
-            totals.kl += float(loss.value(output, references[i], batch).double().sum())
+        if loss is not None:
+            totals.user_loss = (totals.user_loss or 0.0) + float(loss.value(output, None, batch).double().sum())
+        if references is not None and isinstance(divergence, KLLoss):
+            totals.kl = (totals.kl or 0.0) + float(divergence.value(output, references[i], batch).double().sum())
     return totals.result()
 
 
@@ -115,7 +118,7 @@ def evaluate(
         outputs: list[Any] = [float_view(b) for b in progress_bar(batches, "float model", progress)]
         measured = _measure(view, progress_bar(batches, "evaluate", progress), outputs, own)
         kept = iter(outputs)
-        float_measured = _measure(lambda batch: next(kept), batches, None, own)
+        float_measured = _measure(lambda batch: next(kept), batches, loss=own)
         return replace(measured, float_accuracy=float_measured.accuracy)
 
 
@@ -147,7 +150,7 @@ class Evaluator:
         for output in self._references:
             check_finite_output(output, "on the evaluation data")
         kept = iter(self._references)
-        self.float_measured = _measure(lambda batch: next(kept), self._batches, None, None)
+        self.float_measured = _measure(lambda batch: next(kept), self._batches)
         self._banks: dict[str, QuantizerBank] = {}
 
     def measure(self, config: BitConfig) -> Measured:
@@ -167,13 +170,11 @@ class Evaluator:
         for name, choice in config.layers.items():
             weights[name] = bank.weight(self._graph[name], choice.weight)
             if choice.activation is not None:
-                from mpq.apply import InputQuantizer
-
                 quantizer = InputQuantizer(choice.activation, choice.activation_range)
                 hooks.append(self._view.layers[name].register_forward_pre_hook(quantizer))
         with preserved_state(seed=0), torch.no_grad(), self._view.hooked(hooks), self._view.swapped(weights):
             batches = progress_bar(self._batches, "evaluate", self._progress)
-            measured = _measure(self._view, batches, self._references, None)
+            measured = _measure(self._view, batches, self._references)
         return replace(measured, float_accuracy=self.float_measured.accuracy)
 
     def accuracy_drop(self, config: BitConfig) -> tuple[float, Measured]:

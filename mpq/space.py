@@ -42,7 +42,8 @@ class SearchSpace:
     def __repr__(self) -> str:
         names = ", ".join(map(str, self.schemes))
         configs = float(np.prod(self.allowed.sum(1), dtype=np.float64))
-        return f"SearchSpace({len(self.groups)} groups of {len(self.layers)} layers, schemes {names}: {configs:.2g} configs)"
+        layers = f"{len(self.groups)} groups of {len(self.layers)} layers"
+        return f"SearchSpace({layers}, schemes {names}: {configs:.2g} configs)"
 
 
 def make_space(

@@ -70,7 +70,7 @@ def _build(problem: Problem, loss_scale: float, tighten: float) -> tuple[Any, li
     """The PuLP model and its binary variables, one dict of allowed schemes per group."""
     model = pulp.LpProblem("mpq", pulp.LpMinimize)
     choose = [
-        {int(s): pulp.LpVariable(f"x_{g}_{s}", cat="Binary") for s in np.flatnonzero(allowed)}
+        {int(s): model.add_variable(f"x_{g}_{s}", cat="Binary") for s in np.flatnonzero(allowed)}
         for g, allowed in enumerate(problem.allowed)
     ]
     model += pulp.lpSum(problem.loss[g, s] / loss_scale * x for g, row in enumerate(choose) for s, x in row.items())

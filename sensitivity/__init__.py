@@ -9,7 +9,6 @@ from mpq.sensitivity.hessian_trace import hessian_trace
 from mpq.sensitivity.influence import influence
 from mpq.sensitivity.table import SensitivityTable
 
-
 # (view, space, data, bank, loss, *, seed, progress, further options) -> table, as in `influence`.
 Estimator = Callable[..., SensitivityTable]
 

@@ -2,10 +2,10 @@
 
 One forward and one backward pass per batch. At every layer the output error of every scheme,
 ``d = Q(layer)(x) - layer(x)``, is projected on the gradient of a loss probe (`mpq.losses.OutputLoss.probe`):
-``s[n, layer, scheme] = <u_n^T dz_n/dy, d_n>``. With ``E[u u^T] = H``, half the mean of ``s**2`` is the Gauss-Newton form
-``0.5 d^T J^T H J d`` of the loss: the second-order rise of the loss for this very perturbation (Schraudolph, 2002, for
-the Gauss-Newton matrix). Sums of ``s`` over layers give the same form for whole configs, so that all pairwise
-interactions come with the same passes.
+``s[n, layer, scheme] = <u_n^T dz_n/dy, d_n>``. With ``E[u u^T] = H``, half the mean of ``s**2`` is the Gauss-Newton
+form ``0.5 d^T J^T H J d`` of the loss: the second-order rise of the loss for this very perturbation (Schraudolph,
+2002, for the Gauss-Newton matrix). Sums of ``s`` over layers give the same form for whole configs, so that all
+pairwise interactions come with the same passes.
 """
 
 from __future__ import annotations

@@ -93,11 +93,9 @@ def quantize(x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = 
 
 def dequantize(q: QuantizedTensor) -> Tensor:
     """The values that the codes stand for, in the original shape and the dtype of the scales."""
-    if q.fmt.symmetric and q.fmt.bits == 1:
-        values = (2 * q.codes + 1) * q.scale
-    else:
-        values = (q.codes - q.zero_point) * q.scale
-    return from_blocks(values, q.shape, q.channel_axis)
+    bipolar = q.fmt.symmetric and q.fmt.bits == 1
+    units = 2 * q.codes + 1 if bipolar else q.codes - q.zero_point
+    return from_blocks(units * q.scale, q.shape, q.channel_axis)
 
 
 def fake_quantize(x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = "mse") -> Tensor:

@@ -1,0 +1,193 @@
+"""Contract tests for extensions: subclass a case, supply one fixture, inherit all checks.
+
+class TestMySolver(SolverContract):
+@pytest.fixture
+def solver(self):
+return MySolver()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpq.allocation import analyze
+from mpq.cost_models import COST_MODELS, CostModel
+from mpq.problem import Constraint, Problem, Status
+from mpq.search import Exhaustive, Solver
+from mpq.space import SearchSpace
+
+
+def random_problem(rng: np.random.Generator, *, rows: int = 1, constraints: int = 1, ties: bool = False) -> Problem:
+    """A small problem, often infeasible or with forbidden schemes.
+
+    Args:
+        rng: Where the numbers come from.
+        rows: Rows of each constraint.
+        constraints: How many constraints.
+        ties: Whole numbers, so that many picks are equal.
+    """
+    G, S = int(rng.integers(1, 6)), int(rng.integers(1, 5))
+    loss = rng.integers(0, 4, (G, S)).astype(float) if ties else rng.random((G, S))
+    if rng.random() < 0.3:
+        forbidden = rng.random((G, S)) < 0.4
+        forbidden[np.arange(G), rng.integers(0, S, G)] = False
+        loss = np.where(forbidden, np.inf, loss)
+    made = []
+    for i in range(constraints):
+        cost = rng.integers(0, 6, (G, S, rows)).astype(float) if ties else rng.random((G, S, rows))
+        low, high = cost.min(1).sum(0), cost.max(1).sum(0)
+        limit = low + rng.uniform(-0.15, 0.9, rows) * (high - low)
+        made.append(Constraint(f"c{i}", "", cost, np.round(limit) if ties else limit))
+    return Problem(loss, tuple(made))
+
+
+class SolverContract:
+    """What holds for every exact solver of problems with one constraint; the fixture is ``solver``."""
+
+    rows, constraints = 1, 1
+
+    def problems(self, count: int = 40) -> list[Problem]:
+        """Reproducible problems with and without ties."""
+        rng = np.random.default_rng(0)
+        size = {"rows": self.rows, "constraints": self.constraints}
+        return [random_problem(rng, ties=i % 2 == 0, **size) for i in range(count)]
+
+    def test_agrees_with_exhaustive_search(self, solver: Solver) -> None:
+        """Same status and objective; the pick is feasible and what is reported is what it costs."""
+        for problem in self.problems():
+            expected, found = Exhaustive().solve(problem), solver.solve(problem)
+            assert found.status is expected.status
+            if found.pick is None:
+                continue
+            assert problem.feasible(found.pick)
+            np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-9, atol=1e-12)
+            assert found.objective == problem.objective(found.pick)
+            for name, used in problem.usage(found.pick).items():
+                np.testing.assert_array_equal(found.usage[name], used)
+            assert found.bound <= found.objective
+
+    def test_same_problem_same_pick(self, solver: Solver) -> None:
+        """Solving twice gives the same pick."""
+        for problem in self.problems(10):
+            np.testing.assert_array_equal(solver.solve(problem).pick, solver.solve(problem).pick)
+
+    def test_tighter_limit_never_lowers_the_optimum(self, solver: Solver) -> None:
+        """Losses rise as limits fall."""
+        for problem in self.problems(10):
+            best = -np.inf
+            for share in (1.0, 0.8, 0.6):
+                tighter = tuple(Constraint(c.name, c.unit, c.cost, c.limit * share) for c in problem.constraints)
+                objective = solver.solve(Problem(problem.loss, tighter)).objective
+                assert objective >= best - 1e-9
+                best = objective
+
+    def test_permuted_groups_permute_the_answer(self, solver: Solver) -> None:
+        """The order of groups does not matter."""
+        for problem in self.problems(10):
+            order = np.random.default_rng(1).permutation(len(problem.loss))
+            permuted = tuple(Constraint(c.name, c.unit, c.cost[order], c.limit) for c in problem.constraints)
+            a, b = solver.solve(problem), solver.solve(Problem(problem.loss[order], permuted))
+            assert a.status is b.status
+            if a.pick is not None:
+                np.testing.assert_allclose(a.objective, b.objective, rtol=1e-9, atol=1e-12)
+
+    def test_single_choice(self, solver: Solver) -> None:
+        """One scheme each: nothing to choose, still solved and proven."""
+        solution = solver.solve(Problem(np.ones((3, 1)), (Constraint("size", "B", np.ones((3, 1)), np.array([3.0])),)))
+        assert solution.status is Status.OPTIMAL
+        assert solution.objective == 3.0
+
+
+def tiny_network(seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
+    """Four layers in float64 and two calibration batches."""
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.ReLU(),
+        nn.Conv2d(3, 2, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    ).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.5)
+    data = [torch.randn(4, 1, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return net.eval(), data
+
+
+class EstimatorContract:
+    """What holds for every estimator; the fixture is ``estimator``: a name or a function."""
+
+    schemes = "W2A8,W4A8,W8A8"
+
+    def analysis(self, estimator: Any, **options: Any) -> Any:
+        """Analysis of the tiny network."""
+        net, data = tiny_network()
+        return analyze(net, data, self.schemes, estimator=estimator, progress=False, **options)
+
+    def test_shapes_and_finite(self, estimator: Any) -> None:
+        """One finite loss and one standard error for each choice; the cost is stated."""
+        table = self.analysis(estimator).table
+        assert table.loss.shape == table.stderr.shape == (4, 3)
+        assert np.isfinite(table.loss).all()
+        assert (table.stderr >= 0).all()
+        assert table.provenance["forward_passes"] > 0
+
+    def test_seed_reproduces(self, estimator: Any) -> None:
+        """The same seed gives the same bytes."""
+        a, b = self.analysis(estimator, seed=3).table, self.analysis(estimator, seed=3).table
+        np.testing.assert_array_equal(a.loss, b.loss)
+        np.testing.assert_array_equal(a.stderr, b.stderr)
+
+    def test_more_bits_cost_less(self, estimator: Any) -> None:
+        """Two bits hurt more than eight, in total."""
+        loss = self.analysis(estimator).table.loss.sum(0)
+        assert loss[0] > loss[2] >= 0
+
+    def test_model_is_left_alone(self, estimator: Any) -> None:
+        """Weights, gradients, hooks, mode and random state are as before."""
+        net, data = tiny_network()
+        net.train()
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        state = torch.get_rng_state()
+        analyze(net, data, self.schemes, estimator=estimator, progress=False)
+        assert net.training
+        assert torch.equal(torch.get_rng_state(), state)
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, before[name])
+        for module in net.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+class CostContract:
+    """What holds for every cost model; the fixture is ``cost_model``: a function or its name."""
+
+    def space(self) -> SearchSpace:
+        """Search space of the tiny network."""
+        net, data = tiny_network()
+        found: SearchSpace = analyze(net, data, "W2A8,W4A8,W8A8,W32", progress=False).space
+        return found
+
+    def test_shape_and_finite(self, cost_model: CostModel | str) -> None:
+        """One finite, non-negative cost for each choice."""
+        space = self.space()
+        cost = (COST_MODELS[cost_model] if isinstance(cost_model, str) else cost_model)(space)
+        assert cost.cost.shape == (len(space.groups), len(space.schemes))
+        assert np.isfinite(cost.cost).all()
+        assert (cost.cost >= 0).all()
+
+    def test_fewer_bits_never_cost_more(self, cost_model: CostModel | str) -> None:
+        """Costs rise with the weight bits, and the float model is the dearest."""
+        space = self.space()
+        cost = (COST_MODELS[cost_model] if isinstance(cost_model, str) else cost_model)(space)
+        assert (np.diff(cost.cost, axis=1) >= 0).all()
+        assert cost.total([3] * len(space.groups)) <= cost.reference * (1 + 1e-9)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mpq
+from mpq.bundled import load_example
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def example():
+    return load_example()
+
+
+@pytest.fixture(scope="session")
+def analysis(example):
+    """The bundled ResNet-20, measured once."""
+    model, calib, _ = example
+    return mpq.analyze(model, calib[:4], "W2A8,W3A8,W4A8,W8A8", progress=False)
+
+
+@pytest.fixture(scope="session")
+def shared_loaders():
+    """The real models that are not shipped; tests skip where they are absent."""
+    folder = Path(os.environ.get("MPQ_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+    if not (folder / "load.py").is_file():
+        pytest.skip(f"no real models at {folder}; set MPQ_SHARED")
+    sys.path.insert(0, str(folder))
+    from load import LOADERS
+
+    yield LOADERS
+    sys.path.remove(str(folder))

@@ -1,0 +1,159 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from mpq.cli import app, main
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def saved(analysis, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    return [analysis.allocate(f"avg_bits<={bits}").save(folder / f"{bits}.json") for bits in (3, 4)]
+
+
+def run(monkeypatch, capsys, *args):
+    """Exit code, standard output and standard error of the real entry point."""
+    monkeypatch.setattr("sys.argv", ["mpq", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    captured = capsys.readouterr()
+    return caught.value.code or 0, captured.out, captured.err
+
+
+def test_help_names_every_command():
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("demo", "allocate", "show", "compare", "devices"):
+        assert command in result.output
+        assert runner.invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_show(saved):
+    result = runner.invoke(app, ["show", str(saved[1])])
+    assert result.exit_code == 0
+    assert "layer3.2.conv2" in result.output
+    assert "knapsack: optimal for avg_bits<=4" in result.output
+
+
+def test_compare(saved):
+    same = runner.invoke(app, ["compare", str(saved[0]), str(saved[0]), "--exit-code"])
+    assert same.exit_code == 0
+    assert "0 of 22 layers differ" in same.output
+    different = runner.invoke(app, ["compare", *map(str, saved), "--exit-code"])
+    assert different.exit_code == 1
+    assert "avg_bits" in different.output
+    assert runner.invoke(app, ["compare", *map(str, saved)]).exit_code == 0
+
+
+def test_devices():
+    result = runner.invoke(app, ["devices"])
+    assert result.exit_code == 0
+    assert "generic" in result.output
+    assert "t4" in result.output
+
+
+def test_allocate_writes_bits_and_report(tmp_path):
+    out, report = tmp_path / "bits.json", tmp_path / "report.html"
+    result = runner.invoke(
+        app,
+        [
+            "allocate",
+            "mpq.bundled:resnet20",
+            "--calib",
+            "mpq.bundled:calibration",
+            "--budget",
+            "avg_bits<=4",
+            "--schemes",
+            "W2A8,W4A8,W8A8",
+            "--pin",
+            "fc=W8A8",
+            "--max-samples",
+            "64",
+            "--out",
+            str(out),
+            "--report",
+            str(report),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert data["layers"]["fc"]["scheme"] == "W8A8"
+    assert data["metrics"]["avg_bits"]["value"] <= 4
+    assert "<svg" in report.read_text()
+
+
+def test_allocate_from_files(tmp_path):
+    import numpy as np
+
+    (tmp_path / "net.py").write_text(
+        "import torch\ndef make():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Linear(4, 3))\n"
+    )
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(70, 4)).astype("float32"))
+    result = runner.invoke(
+        app,
+        [
+            "allocate",
+            f"{tmp_path}/net.py:make",
+            "--calib",
+            f"{tmp_path}/data.npz",
+            "--budget",
+            "avg_bits<=4",
+            "--out",
+            str(tmp_path / "bits.json"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "bits.json").read_text())["provenance"]["samples"] == 70
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["show", "absent.json"], 2, "error: absent.json can't be read"),
+        (["allocate", "nope:x", "--calib", "nope:y", "--budget", "size<=25%"], 2, "can't import 'nope'"),
+        (["allocate", "torch", "--calib", "x:y", "--budget", "size<=25%"], 2, "names no object"),
+        (["allocate", "json:dumps.x", "--calib", "x:y", "--budget", "size<=25%"], 2, "json has no 'dumps.x'"),
+        (
+            ["allocate", "mpq.bundled:resnet20", "--calib", "mpq.bundled:calibration", "--budget", "size=25"],
+            2,
+            "is not a budget",
+        ),
+        (
+            [
+                "allocate",
+                "mpq.bundled:resnet20",
+                "--calib",
+                "mpq.bundled:calibration",
+                "--budget",
+                "size<=1%",
+                "--max-samples",
+                "64",
+            ],
+            3,
+            "Smallest reachable: size 77.2 kB",
+        ),
+        (
+            [
+                "allocate",
+                "mpq.bundled:resnet20",
+                "--calib",
+                "mpq.bundled:calibration",
+                "--budget",
+                "size<=25%",
+                "--pin",
+                "fc",
+            ],
+            2,
+            "--pin takes layer=scheme",
+        ),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_exit_codes_and_one_line_errors(monkeypatch, capsys, args, code, message):
+    got, _, err = run(monkeypatch, capsys, *args)
+    assert got == code
+    assert message in err
+    assert "Traceback" not in err

@@ -1,0 +1,111 @@
+import json
+from importlib import resources
+
+import jsonschema
+import pytest
+
+import mpq
+from mpq.config import BitConfig, Measured
+from mpq.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def cfg(analysis):
+    return analysis.allocate("avg_bits<=4").with_measured(Measured(10, 0.9, 0.3, 0.01, 0.95))
+
+
+def test_round_trip_is_exact(cfg, tmp_path):
+    path = cfg.save(tmp_path / "bits.json")
+    again = mpq.load(path)
+    assert again == cfg
+    assert again.to_json() == path.read_text()
+    assert again["fc"].activation_range == cfg["fc"].activation_range
+
+
+def test_json_follows_the_published_schema(cfg):
+    schema = json.loads(resources.files("mpq.schema").joinpath("bitconfig-1.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(cfg.to_json()), schema)
+
+
+def test_provenance_is_complete(cfg):
+    provenance = cfg.provenance
+    assert provenance["estimator"] == "influence"
+    assert provenance["loss"] == "kl"
+    assert provenance["samples"] == 256
+    assert len(provenance["model_hash"]) == len(provenance["data_hash"]) == 64
+    assert set(provenance["versions"]) == {"mpq", "torch", "numpy", "python"}
+    assert {o.name for o in cfg.outside} >= {"bn1", "fc"}
+
+
+def changed(cfg, *path, value):
+    data = json.loads(cfg.to_json())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (("schema",), "mpq/bitconfig-2", r"has schema 'mpq/bitconfig-2'; this mpq reads 'mpq/bitconfig-1'"),
+        (("schema",), ..., "has schema None"),
+        (("layers",), {}, "breaks the schema at layers"),
+        (("layers", "fc", "scheme"), "W4A8 ", "contradicts|not a scheme"),
+        (("layers", "fc", "scheme"), "W99A8", "layer 'fc': integer formats have 1 to 16 bits"),
+        (("layers", "fc", "weight"), "int2", "layer 'fc': scheme .* contradicts"),
+        (("layers", "fc", "activation_range"), None, "needs an activation_range"),
+        (("layers", "fc", "activation_range"), [1.0, 2.0], "must hold zero"),
+        (("layers", "fc", "extra"), 1, "breaks the schema at layers/fc"),
+        (("layers", "fc", "macs"), "many", "breaks the schema at layers/fc/macs"),
+        (("provenance", "model_hash"), "abc", "breaks the schema at provenance/model_hash"),
+        (("solver", "status"), "proven", "breaks the schema at solver/status"),
+    ],
+)
+def test_tampered_files_are_refused(cfg, tmp_path, path, value, match):
+    file = tmp_path / "bad.json"
+    file.write_text(changed(cfg, *path, value=value))
+    with pytest.raises(ConfigError, match=match):
+        mpq.load(file)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "{}"])
+def test_files_that_are_no_config(tmp_path, text):
+    file = tmp_path / "bad.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        mpq.load(file)
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read"):
+        mpq.load(tmp_path / "absent.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="can't be read"):
+        mpq.load(tmp_path / "binary")
+
+
+def test_is_a_mapping_with_readable_reprs(cfg):
+    assert len(cfg) == 22
+    assert list(cfg)[0] == "conv1"
+    assert "fc" in cfg
+    assert cfg.schemes()["fc"] == str(cfg["fc"].scheme)
+    assert isinstance(cfg, BitConfig)
+    assert "measured accuracy 90.00% (float 95.00%)" in repr(cfg)
+    assert "knapsack: optimal for avg_bits<=4, gap 0" in repr(cfg)
+    assert "<b>W8A8</b>" in cfg._repr_html_()
+
+
+def test_export_flat_json(cfg, tmp_path):
+    path = mpq.export(cfg, "json", tmp_path / "flat.json")
+    data = json.loads(path.read_text())
+    assert data["fc"] == {"weight": cfg["fc"].weight.name, "activation": "int8:tensor:asym"}
+    with pytest.raises(mpq.MpqError, match="unknown exporter 'nope'; known: json"):
+        mpq.export(cfg, "nope", path)
+    with pytest.raises(TypeError, match="takes no options"):
+        mpq.export(cfg, "json", path, colour="red")

@@ -1,0 +1,82 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mpq
+from mpq.cost_models import COST_MODELS, all_devices, find_device
+from mpq.errors import FormatError
+from mpq.testing import CostContract
+
+
+class TestCostModels(CostContract):
+    @pytest.fixture(params=list(COST_MODELS))
+    def cost_model(self, request):
+        return request.param
+
+
+@pytest.fixture(scope="module")
+def small():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 5)).eval()
+    return net, mpq.analyze(net, torch.randn(4, 1, 6, 6), "W3A8,W4:g10A8,W8", progress=False)
+
+
+def test_size_by_formula(small):
+    _, analysis = small
+    size = analysis.costs["size"]
+    activation = 4 + 1  # a float32 scale and an 8-bit zero point
+    assert size.cost[0].tolist() == [
+        math.ceil((3 * 27 + 3 * 32) / 8) + activation,
+        math.ceil((4 * 27 + 3 * 1 * 16) / 8) + activation,
+        math.ceil((8 * 27 + 3 * 32) / 8),
+    ]
+    assert size.cost[1, 1] == math.ceil((4 * 240 + 5 * 5 * 16) / 8) + activation
+    assert size.constant == 4 * (3 + 2 * 3 + 5)  # biases and batch norm stay float32
+    assert size.reference == 4 * (27 + 3 + 6 + 240 + 5)
+
+
+def test_bit_ops_by_formula(small):
+    _, analysis = small
+    macs = [3 * 16 * 9, 240]
+    expected = [[m * w * a for w, a in ((3, 8), (4, 8), (8, 32))] for m in macs]
+    assert analysis.costs["bitops"].cost.tolist() == expected
+    assert analysis.costs["bitops"].reference == sum(macs) * 32 * 32
+
+
+def test_average_bits_by_formula(small):
+    _, analysis = small
+    pick = [2, 0]
+    assert analysis.costs["avg_bits"].total(pick) == pytest.approx((8 * 27 + 3 * 240) / 267)
+    stored = 8 * (analysis.costs["size"].cost[0, 2] + analysis.costs["size"].cost[1, 0])
+    assert analysis.costs["stored_bits"].total(pick) == pytest.approx(stored / 267)
+
+
+def test_constraint_and_total_agree(small):
+    _, analysis = small
+    for cost in analysis.costs.values():
+        pick = [0, 1]
+        constraint = cost.constraint(cost.total(pick))
+        used = constraint.cost[np.arange(2), pick].sum(0)
+        np.testing.assert_allclose(used, constraint.limit, rtol=1e-12)
+
+
+def test_tied_weights_are_stored_once():
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    net[1].weight = net[0].weight
+    analysis = mpq.analyze(net, [torch.randint(0, 7, (3, 5))], "W4,W8", progress=False)
+    assert analysis.costs["size"].cost.tolist() == [[math.ceil((b * 28 + 7 * 32) / 8) for b in (4, 8)]]
+    assert analysis.costs["size"].reference == 28 * 4
+
+
+def test_devices_have_sources_and_limit_schemes():
+    assert {"generic", "t4"} <= set(all_devices())
+    assert all(d.source and d.description for d in all_devices().values())
+    net = nn.Sequential(nn.Linear(4, 4))
+    analysis = mpq.analyze(net, torch.randn(4, 4), "W4A8,W8A8,W4A4", device="t4", progress=False)
+    assert [str(s) for s in analysis.space.schemes] == ["W8A8", "W4A4"]  # int4 x int8 has no kernel there
+    with pytest.raises(FormatError, match=r"none of W4A8 has a kernel on t4; it runs int4 x int4"):
+        mpq.analyze(net, torch.randn(4, 4), "W4A8", device="t4", progress=False)
+    with pytest.raises(FormatError, match="did you mean 't4'"):
+        find_device("t44")

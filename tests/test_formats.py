@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq import NumberFormat, Scheme
+from mpq.errors import FormatError
+from mpq.quantizers import parse_schemes
+
+integers = st.builds(
+    NumberFormat,
+    st.just("int"),
+    st.integers(1, 16),
+    st.one_of(st.sampled_from(["tensor", "channel"]), st.integers(1, 512).map(lambda g: f"group:{g}")),
+    st.booleans(),
+)
+floats = st.sampled_from([NumberFormat.parse(n) for n in ("fp32", "fp16", "bf16")])
+activations = st.builds(NumberFormat, st.just("int"), st.integers(1, 16), st.just("tensor"), st.booleans())
+
+
+@given(st.one_of(integers, floats))
+def test_format_names_parse_back(fmt):
+    assert NumberFormat.parse(fmt.name) == fmt
+
+
+@given(st.one_of(integers, floats), st.one_of(st.none(), activations, floats))
+def test_scheme_names_parse_back(weight, activation):
+    scheme = Scheme(weight, activation)
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "activation"),
+    [
+        ("W4A8", "int4", "int8:tensor:asym"),
+        ("W4", "int4", None),
+        ("W4:g128A16", "int4:g128", "fp16"),
+        ("W8:asymA8:sym", "int8:asym", "int8:tensor"),
+        ("W3:tensorAbf16", "int3:tensor", "bf16"),
+        ("W16A32", "fp16", "fp32"),
+        ("Wint16Aint16", "int16", "int16:tensor:asym"),
+    ],
+)
+def test_scheme_grammar(text, weight, activation):
+    scheme = Scheme.parse(text)
+    assert scheme.weight.name == weight
+    assert (scheme.activation and scheme.activation.name) == activation
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "W", "A8", "W0", "W17", "W4A", "w4a8", "W4:g0", "W4:blue", "W4A8:g32", "Wnf5"]
+)
+def test_bad_schemes_are_refused(text):
+    with pytest.raises(FormatError):
+        Scheme.parse(text)
+
+
+def test_unknown_format_lists_the_known():
+    with pytest.raises(FormatError, match=r"unknown number format 'nf4'.*int1 to int16"):
+        NumberFormat.parse("nf4")
+
+
+def test_parse_schemes_drops_duplicates_and_refuses_none():
+    assert [str(s) for s in parse_schemes("W4A8, W8A8,W4A8")] == ["W4A8", "W8A8"]
+    with pytest.raises(FormatError, match="no schemes"):
+        parse_schemes("")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axis", "bits"),
+    [
+        ("int4", (8, 3, 3, 3), 0, 4 * 216 + 8 * 32),
+        ("int4:asym", (8, 3, 3, 3), 0, 4 * 216 + 8 * (32 + 4)),
+        ("int4:tensor", (8, 27), 0, 4 * 216 + 32),
+        ("int4:g16", (8, 27), 0, 4 * 216 + 8 * 2 * 16),  # 27 = 16 + 11: two groups a channel
+        ("int3:g16:asym", (8, 32), 0, 3 * 256 + 8 * 2 * (16 + 3)),
+        ("int8", (6, 4, 2), 1, 8 * 48 + 4 * 32),  # transposed convolution: channels are the second axis
+        ("fp16", (5, 5), 0, 16 * 25),
+    ],
+)
+def test_storage_counts_scales_and_zero_points(name, shape, axis, bits):
+    fmt = NumberFormat.parse(name)
+    assert fmt.storage_bits(shape, axis) == bits
+    assert fmt.bits_per_element(shape, axis) == bits / np.prod(shape)

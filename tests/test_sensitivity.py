@@ -1,0 +1,298 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mpq
+from mpq.bank import QuantizerBank, layer_scheme
+from mpq.calibration import Batch, Calibration
+from mpq.cost_models import find_device
+from mpq.errors import ConfigError
+from mpq.losses import KLLoss, MSELoss, resolve_loss
+from mpq.sensitivity import SensitivityTable, influence
+from mpq.sensitivity.hessian_trace import block_forms
+from mpq.space import make_space
+from mpq.testing import EstimatorContract, tiny_network
+from mpq.trace import trace
+from mpq.view import ModelView, preserved_state
+
+
+class TestInfluence(EstimatorContract):
+    @pytest.fixture
+    def estimator(self):
+        return "influence"
+
+
+class TestHessianTrace(EstimatorContract):
+    @pytest.fixture
+    def estimator(self):
+        return "hessian_trace"
+
+
+def prepared(net, data, schemes):
+    """View, space, calibration and quantizer bank."""
+    view = ModelView(net)
+    calib = Calibration.load(data, net)
+    graph = trace(view, calib.batches[0])
+    space = make_space(graph, schemes, device=find_device("generic"))
+    bank = QuantizerBank(view, graph)
+    bank.observe(calib, progress=False)
+    return view, space, calib, bank
+
+
+def output_hessian(loss, z):
+    """Hessian of the mean loss over samples in the outputs, dense ``[B, C, C]`` per sample."""
+    if isinstance(loss, MSELoss):
+        return torch.eye(z.shape[1], dtype=z.dtype).expand(len(z), -1, -1) * 2 / z.shape[1]
+    p = z.softmax(1)
+    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+
+
+def dense_form(view, space, calib, bank, loss, pick):
+    """``0.5 mean_n d_n^T J_n^T H_n J_n d_n``: J d by a finite shift of layer outputs along the network's tangent."""
+    total = 0.0
+    layers = space.layers
+    for batch in calib.batches:
+        with preserved_state(0):
+            errors = {}
+
+            def capture(layer, scheme, errors=errors):
+                def hook(module, args, output):
+                    with torch.no_grad():
+                        errors[layer.name] = bank.run(layer, scheme, args, {}) - output
+
+                return hook
+
+            handles = [
+                view.layers[x.name].register_forward_hook(capture(x, space.schemes[k]))
+                for x, k in zip(layers, pick, strict=True)
+                if k is not None
+            ]
+            with view.hooked(handles), torch.no_grad():
+                z = view(batch)
+
+            def shifted(t, batch=batch, errors=errors):
+                handles = [
+                    view.layers[n].register_forward_hook(lambda m, a, out, e=e: out + t * e) for n, e in errors.items()
+                ]
+                with view.hooked(handles):
+                    return view(batch)
+
+            _, jd = torch.func.jvp(shifted, (torch.zeros((), dtype=z.dtype),), (torch.ones((), dtype=z.dtype),))
+            total += 0.5 * torch.einsum("nc,ncd,nd->", jd, output_hessian(loss, z), jd).item()
+    return total / calib.num_samples
+
+
+@pytest.mark.parametrize("schemes", ["W2,W3", "W32A2,W32A4", "W2A3,W3:asymA8"], ids=["weights", "activations", "joint"])
+@pytest.mark.parametrize("loss", [KLLoss(), MSELoss()], ids=["kl", "mse"])
+def test_influence_equals_the_dense_gauss_newton_form(schemes, loss):
+    net, data = tiny_network()
+    view, space, calib, bank = prepared(net, data, schemes)
+    with preserved_state(0):
+        table = influence(view, space, calib, bank, loss, exact=True, progress=False)
+    for g in range(len(space.groups)):
+        for s in range(len(space.schemes)):
+            pick = [s if i == g else None for i in range(len(space.layers))]
+            expected = dense_form(view, space, calib, bank, loss, pick)
+            assert table.loss[g, s] == pytest.approx(expected, rel=1e-8, abs=1e-14)
+    pick = [1, 0, 0, 1]
+    assert table.quadratic(pick) == pytest.approx(dense_form(view, space, calib, bank, loss, pick), rel=1e-8)
+    assert table.quadratic(pick) != pytest.approx(table.total(pick)[0], rel=1e-3)  # interactions are real
+
+
+def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
+    net, data = tiny_network()
+    view, space, calib, bank = prepared(net, data, "W2A4,W4A8")
+    exact = influence(view, space, calib, bank, KLLoss(), exact=True, progress=False)
+    drawn = influence(view, space, calib, bank, KLLoss(), draws=400, seed=1, progress=False)
+    np.testing.assert_allclose(drawn.loss, exact.loss, rtol=0.35)
+    np.testing.assert_allclose(drawn.loss.sum(), exact.loss.sum(), rtol=0.12)
+    assert drawn.provenance["forward_passes"] == 1 + 800 + 3
+
+
+def test_probe_has_the_hessian_as_second_moment():
+    """All sign vectors instead of random ones: the average outer product is diag(p) - p p^T exactly."""
+    z = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss, batch = KLLoss(), Batch((z,), {}, 1, None, z)
+    moment = torch.zeros(4, 4, dtype=torch.float64)
+    for signs in itertools.product([-1.0, 1.0], repeat=4):
+        log_p = loss._log_probabilities(z)
+        (u,) = torch.autograd.grad(loss._project(log_p, batch, torch.tensor(signs, dtype=z.dtype)), z)
+        moment += u.T @ u / 16
+    p = z.softmax(1)[0]
+    torch.testing.assert_close(moment, torch.diag(p) - p[:, None] * p)
+
+
+@pytest.mark.parametrize("loss", [KLLoss(), MSELoss()], ids=["kl", "mse"])
+def test_hutchinson_over_all_signs_equals_the_block_traces(loss):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 2, bias=False)).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    view = ModelView(net)
+    batch = Calibration.load([x], net).batches[0]
+    reference = net(x).detach()
+
+    def mean_loss(flat):
+        out = torch.tanh(x @ flat[:4].view(2, 2).T) @ flat[4:].view(2, 2).T
+        return loss.value(out, reference, batch).mean()
+
+    flat = torch.cat([net[0].weight.flatten(), net[2].weight.flatten()]).detach()
+    hessian = torch.func.hessian(mean_loss)(flat)
+    traces = torch.stack([hessian[:4, :4].trace(), hessian[4:, 4:].trace()])
+
+    vectors = [torch.tensor(s, dtype=torch.float64) for s in itertools.product([-1.0, 1.0], repeat=8)]
+    probes = [lambda weights, v=v: [v[:4].view(2, 2), v[4:].view(2, 2)] for v in vectors]
+    average = torch.stack(list(block_forms(view, ["0", "2"], batch, loss, probes))).mean(0)
+    torch.testing.assert_close(average, traces, rtol=1e-10, atol=1e-12)
+
+
+def test_hessian_trace_is_trace_times_squared_error():
+    net, data = tiny_network()
+    few = mpq.analyze(net, data, "W2,W4", estimator="hessian_trace", estimator_options={"probes": 8}, progress=False)
+    weights = [m.weight.detach() for m in net if hasattr(m, "weight")]
+    from mpq.quantizers import fake_quantize
+
+    ratio = few.table.loss[:, 0] / few.table.loss[:, 1]
+    expected = [
+        (fake_quantize(w, few.space.schemes[0].weight) - w).square().sum()
+        / (fake_quantize(w, few.space.schemes[1].weight) - w).square().sum()
+        for w in weights
+    ]
+    np.testing.assert_allclose(ratio, expected, rtol=1e-10)
+
+
+def test_prediction_matches_measured_divergence_for_small_errors(example, analysis):
+    """On the real network: KL predicted with interactions against KL measured on other images, at 4 bits."""
+    model, _, test = example
+    measured = mpq.Evaluator(model, test[:4], progress=False).measure(analysis.uniform("W4A8"))
+    assert analysis.uniform("W4A8").predicted["with_interactions"] == pytest.approx(measured.kl, rel=0.5)
+
+
+class Repeated(nn.Module):
+    """A layer that runs twice, overwrites its own input, and mixes the batch axis into tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x), inplace=True)
+        x = self.again(x)
+        x += 1
+        x = self.again(F.relu(x, inplace=True))
+        return self.last(x).mean(1)
+
+
+def test_repeated_layers_and_in_place_operations_match_a_finite_difference():
+    """The effect of a layer with several calls is that of changing all of them."""
+    torch.manual_seed(0)
+    net = Repeated().double()
+    data = [torch.randn(6, 5, 4, dtype=torch.float64)]
+    view, space, calib, bank = prepared(net, data, "W3,W4")
+    table = influence(view, space, calib, bank, MSELoss(), exact=True, progress=False)
+    again = [x.name for x in space.layers].index("again")
+    layer = space.layers[again]
+    error = bank.weight(layer, space.schemes[0].weight) - view.weight("again")
+    eps = 1e-5
+    with torch.no_grad():
+        reference = view(calib.batches[0])
+        with view.swapped({"again": view.weight("again") + eps * error}):
+            moved = view(calib.batches[0])
+    expected = ((moved - reference) / eps).square().mean().item()
+    assert table.loss[again, 0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_that_mix_samples_fall_back_to_batch_rows():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.embed(x)
+            rows = torch.arange(len(x)) % 2 == 0
+            out = h.clone()
+            out[rows] = self.expert(h[rows])
+            return self.head(out)
+
+    torch.manual_seed(0)
+    net = Routed()
+    data = [torch.randn(5, 4) for _ in range(30)]
+    table = mpq.analyze(net, data, "W2,W8", loss="mse", progress=False).table
+    assert table.provenance["rows"] == 30  # batches, not samples
+    view, space, calib, bank = prepared(net, [torch.cat(data)], "W2,W8")
+    for g, layer in enumerate(space.layers):
+        with torch.no_grad(), view.swapped({layer.name: bank.weight(layer, space.schemes[0].weight)}):
+            moved = view(calib.batches[0])
+        # Routing by position differs between one large batch and many small ones, so only the scale is compared.
+        measured = (moved - net(torch.cat(data))).square().mean().item()
+        assert table.loss[g, 0] == pytest.approx(measured, rel=0.8)
+
+
+def test_embedding_inputs_are_never_quantized():
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    analysis = mpq.analyze(net, [torch.randint(0, 7, (6, 5))], "W2A8,W4A8", progress=False)
+    cfg = analysis.allocate("avg_bits<=4")
+    assert cfg["0"].activation is None
+    assert cfg["1"].activation.bits == 8
+    assert layer_scheme(analysis.space.layers[0], analysis.space.schemes[0]).activation is None
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (torch.randn(4, 10), KLLoss()),
+        (torch.randn(4, 7, 10), KLLoss()),
+        (torch.randn(2, 5, 4, 4), KLLoss()),
+        (torch.randn(4, 10).softmax(1), KLLoss(probabilities=True)),
+        (F.normalize(torch.randn(4, 10)), MSELoss()),
+        (torch.randn(4, 1), MSELoss()),
+        (torch.randn(4), MSELoss()),
+        ({"boxes": torch.randn(4, 4)}, MSELoss()),
+        ((torch.randn(4, 8), torch.randn(4, 3)), MSELoss()),
+        ({"logits": torch.randn(4, 10), "hidden": torch.randn(4, 6)}, KLLoss()),
+    ],
+)
+def test_auto_loss(output, expected):
+    assert resolve_loss("auto", output) == expected
+
+
+def test_kl_value_matches_torch_and_ignores_padding():
+    a, b = torch.randn(3, 6, 5), torch.randn(3, 6, 5)
+    batch = Batch((a,), {}, 3, None, a)
+    expected = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(KLLoss().value(b, a, batch), expected.mean(1))
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]])
+    masked = Batch((), {"attention_mask": mask}, 3, None, None)
+    torch.testing.assert_close(KLLoss().value(b, a, masked), (expected * mask).sum(1) / mask.sum(1))
+
+
+def test_callable_loss_gives_the_empirical_fisher():
+    net, data = tiny_network()
+    batches = [(x, torch.randint(0, 3, (4,))) for x in data]
+    losses = {
+        "per sample": lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"),
+        "mean": lambda out, batch: F.cross_entropy(out, batch[1]),
+    }
+    tables = {k: mpq.analyze(net, batches, "W2,W8", loss=f, progress=False).table for k, f in losses.items()}
+    np.testing.assert_allclose(tables["per sample"].loss, tables["mean"].loss, rtol=1e-9)
+    assert tables["mean"].provenance["loss"] == "callable"
+
+
+def test_table_round_trip_and_damage(tmp_path, analysis):
+    path = analysis.table.save(tmp_path / "table.safetensors")
+    again = SensitivityTable.load(path)
+    np.testing.assert_array_equal(again.factor, analysis.table.factor)
+    assert (again.groups, again.schemes) == (analysis.table.groups, analysis.table.schemes)
+    assert again.provenance == analysis.table.provenance
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="not a sensitivity table"):
+        SensitivityTable.load(path)
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.ones(2)}, path)
+    with pytest.raises(ConfigError, match="of version 1"):
+        SensitivityTable.load(path)
