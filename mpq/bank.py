@@ -123,13 +123,13 @@ class QuantizerBank:
         """A layer's inputs rounded to an activation format."""
         return quantize_inputs(fmt, self.range(layer, fmt), value)
 
-    def run(self, layer: LayerSpec, scheme: Scheme | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """The layer's own forward under a scheme (None: float), without its hooks."""
+    def run(self, layer: LayerSpec, weight: NumberFormat | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The layer's own forward with its weight in a format (None: float), without its hooks."""
         module = self.view.layers[layer.name]
-        if scheme is None:
+        if weight is None:
             return module.forward(*args, **kwargs)
-        with self.view.swapped({layer.name: self.weight(layer, scheme.weight)}):
-            return module.forward(*self.inputs(layer, layer_scheme(layer, scheme).activation, args), **kwargs)
+        with self.view.swapped({layer.name: self.weight(layer, weight)}):
+            return module.forward(*args, **kwargs)
 
     def prepare(self, schemes: Iterable[Scheme], progress: bool = True) -> None:
         """Quantize all weights now, so that a bad format fails before long work and progress is seen."""

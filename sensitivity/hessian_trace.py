@@ -21,6 +21,9 @@ from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.view import ModelView
 
+# A Hessian-vector product takes about as long as this many forward passes (benchmarks/end_to_end.py).
+_PRODUCT_PASSES = 8
+
 # Draws the random signs of one probe, one tensor per weight.
 Probe = Callable[[list[Tensor]], list[Tensor]]
 
@@ -98,8 +101,8 @@ def hessian_trace(
         "estimator": "hessian_trace",
         "probes": probes,
         "loss": loss.name,
-        # One forward pass for the reference; then forward, backward and per probe a double backward pass.
-        "forward_passes": 1 + 3 + 4 * probes,
+        # One forward pass for the reference; forward and backward; then the products.
+        "forward_passes": 1 + 3 + _PRODUCT_PASSES * probes,
     }
     groups = tuple(g.name for g in space.groups)
     return SensitivityTable(groups, tuple(map(str, space.schemes)), score(mean), score(spread), None, provenance)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq.bank import QuantizerBank
+from mpq.bank import QuantizerBank, layer_scheme
 from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError
 from mpq.layers import LayerSpec
@@ -173,8 +173,10 @@ class _Collector:
         """Effects ``[rows, draws, schemes]`` of one call, one entry per output tensor."""
         exact = tensors_in(self.bank.run(layer, None, args, kwargs))
         columns: list[list[Tensor]] = [[] for _ in exact]
-        for scheme in self.space.schemes:
-            rounded = tensors_in(self.bank.run(layer, scheme, args, kwargs))
+        schemes = [layer_scheme(layer, s) for s in self.space.schemes]
+        inputs = {a: self.bank.inputs(layer, a, args) for a in {s.activation for s in schemes}}
+        for scheme in schemes:
+            rounded = tensors_in(self.bank.run(layer, scheme.weight, inputs[scheme.activation], kwargs))
             for column, g, r, e in zip(columns, gradients, rounded, exact, strict=True):
                 column.append(_inner_products(g, r - e, self.batch_size))
         effects = [torch.stack(column, -1) for column in columns]

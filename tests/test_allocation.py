@@ -48,7 +48,8 @@ def test_solvers_agree(analysis, solver):
 def test_unreachable_budget_says_what_is_reachable(analysis):
     with pytest.raises(
         BudgetError,
-        match=r"size<=5% .* is below the smallest reachable 77\.2 kB \(7\.1%\)\. Smallest reachable: size 77\.2 kB.*avg_bits 2",
+        match=r"size<=5% .* is below the smallest reachable 77\.2 kB \(7\.1%\)\. "
+        r"Smallest reachable: size 77\.2 kB.*avg_bits 2",
     ):
         analysis.allocate("size<=5%")
 
@@ -82,7 +83,7 @@ def test_pin_skip_and_groups(example):
     cfg = analysis.allocate("avg_bits<=3")
     assert cfg["conv1"].weight.bits == 8
     assert "fc" not in cfg
-    assert [o.reason for o in cfg.outside if o.name == "fc"][0] == "skipped by the user"
+    assert next(o.reason for o in cfg.outside if o.name == "fc") == "skipped by the user"
     assert len({str(cfg[n].scheme) for n in cfg if n.startswith("layer1.")}) == 1
     assert cfg["layer1.2.conv2"].group == "layer1.0.conv1"
     quantized = mpq.quantize(model, cfg)
@@ -225,7 +226,7 @@ def test_accuracy_budget_is_measured(example, analysis):
     model, calib, test = example
     with pytest.raises(BudgetError, match="must be measured: pass eval_data"):
         mpq.allocate(model, calib, "accuracy_drop<=1%")
-    with pytest.raises(BudgetError, match="is measured: use mpq.allocate"):
+    with pytest.raises(BudgetError, match=r"is measured: use mpq\.allocate"):
         analysis.allocate("accuracy_drop<=1%")
     part = test[:2]
     cfg = mpq.allocate(
@@ -276,6 +277,6 @@ def test_original_layers_named_in_errors_of_other_models(example, analysis):
     trained = mpq.bundled.resnet20()
     with torch.no_grad():
         trained.fc.weight += 1e-3
-    with pytest.raises(ConfigError, match="other weights .* strict=False"):
+    with pytest.raises(ConfigError, match=r"other weights .* strict=False"):
         mpq.quantize(trained, cfg)
     assert isinstance(mpq.quantize(trained, cfg, strict=False), type(trained))

@@ -92,7 +92,7 @@ def test_missing_and_binary_files(tmp_path):
 
 def test_is_a_mapping_with_readable_reprs(cfg):
     assert len(cfg) == 22
-    assert list(cfg)[0] == "conv1"
+    assert next(iter(cfg)) == "conv1"
     assert "fc" in cfg
     assert cfg.schemes()["fc"] == str(cfg["fc"].scheme)
     assert isinstance(cfg, BitConfig)

@@ -62,7 +62,8 @@ def dense_form(view, space, calib, bank, loss, pick):
             def capture(layer, scheme, errors=errors):
                 def hook(module, args, output):
                     with torch.no_grad():
-                        errors[layer.name] = bank.run(layer, scheme, args, {}) - output
+                        rounded = bank.inputs(layer, scheme.activation, args)
+                        errors[layer.name] = bank.run(layer, scheme.weight, rounded, {}) - output
 
                 return hook
 

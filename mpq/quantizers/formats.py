@@ -27,7 +27,7 @@ _NAME = re.compile(r"(?P<base>[a-z]+[a-z0-9_]*?)(?P<options>(?::[a-z0-9]+)*)")
 _SCHEME = re.compile(r"W(?P<weight>[^A-Z]+)(?:A(?P<activation>[^A-Z]+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NumberFormat:
     """How one tensor is stored.
 
@@ -83,6 +83,9 @@ class NumberFormat:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"NumberFormat({self.name!r})"
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -179,7 +182,7 @@ def _role_name(fmt: NumberFormat, role: str) -> str:
     return ":".join([bits, *options])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scheme:
     """One choice for one layer: its weight format and its activation format.
 
@@ -206,6 +209,9 @@ class Scheme:
     def __str__(self) -> str:
         act = "" if self.activation is None else f"A{_role_name(self.activation, 'A')}"
         return f"W{_role_name(self.weight, 'W')}{act}"
+
+    def __repr__(self) -> str:
+        return f"Scheme({str(self)!r})"
 
     @classmethod
     def parse(cls, text: str) -> Scheme:

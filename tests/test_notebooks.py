@@ -1,0 +1,25 @@
+"""The notebooks run from start to end, and show what they promise."""
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NOTEBOOKS, reason="needs the checkout, not only the wheel")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    notebook = nbformat.read(path, 4)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    assert not [out for out in outputs if out.output_type == "error"]
+    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
+    text = "".join(out.get("text", "") + out.get("data", {}).get("text/plain", "") for out in outputs)
+    assert len(pictures) >= 3  # frontier, bits by layer, measured accuracy
+    assert "Frontier:" in text
+    assert "BitConfig:" in text
+    assert "accuracy" in text
