@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,21 @@ def from_blocks(blocks: Tensor, shape: tuple[int, ...], channel_axis: int = 0) -
     return rows.reshape(channels, *rest).movedim(0, channel_axis).contiguous()
 
 
+def _scales(x: Tensor, fmt: NumberFormat, channel_axis: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks, and the scale and zero point of each; padding has no say in the ranges."""
+    x = x.detach().to(_work_dtype(x))
+    blocks = to_blocks(x, fmt, channel_axis)
+    if blocks.numel() == x.numel():
+        return (blocks, *scale_and_zero(*find_range(blocks, fmt, method), fmt))
+    rows = to_blocks(x, replace(fmt, granularity="channel"), channel_axis)
+    size = fmt.group_size or 1
+    whole = rows.shape[1] // size * size
+    parts = [p for p in (rows[:, :whole].reshape(-1, size), rows[:, whole:]) if p.numel()]
+    ends = zip(*(find_range(p, fmt, method) for p in parts), strict=True)
+    lo, hi = (torch.cat([e.reshape(len(rows), -1) for e in end], 1).reshape(-1, 1) for end in ends)
+    return (blocks, *scale_and_zero(lo, hi, fmt))
+
+
 def _check(x: Tensor, fmt: NumberFormat) -> None:
     if fmt.family != "int":
         raise FormatError(f"{fmt.name} has no integer codes")
@@ -81,8 +96,7 @@ def quantize(x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = 
             is unknown.
     """
     _check(x, fmt)
-    blocks = to_blocks(x.detach(), fmt, channel_axis).to(_work_dtype(x))
-    scale, zero = scale_and_zero(*find_range(blocks, fmt, method), fmt)
+    blocks, scale, zero = _scales(x, fmt, channel_axis, method)
     qmin, qmax = fmt.levels
     if fmt.symmetric and fmt.bits == 1:
         codes = torch.where(blocks >= 0, 0, -1)  # code 0 is +scale, code -1 is -scale
@@ -113,8 +127,7 @@ def fake_quantize(x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: s
     if fmt.family == "float":
         return x.detach().to(FLOAT_DTYPES[fmt.name]).to(x.dtype)
     _check(x, fmt)
-    blocks = to_blocks(x.detach(), fmt, channel_axis).to(_work_dtype(x))
-    scale, zero = scale_and_zero(*find_range(blocks, fmt, method), fmt)
+    blocks, scale, zero = _scales(x, fmt, channel_axis, method)
     rounded = quantize_dequantize_(blocks.clone(), scale, zero, fmt)
     return from_blocks(rounded, tuple(x.shape), channel_axis).to(x.dtype)
 
