@@ -217,6 +217,7 @@ def trace_model(model: nn.Module, batch: Any) -> LayerGraph:
     """The `LayerGraph` of a model for one batch of its inputs (tensor, tuple or dict).
 
     Example:
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> graph = trace_model(net, torch.zeros(3, 4))
         >>> [(x.name, x.op, x.macs) for x in graph]
