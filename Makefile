@@ -1,5 +1,5 @@
 # Two commands do all the set-up: `make demo` and `make test`. Each makes .venv with pip on first use.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -54,7 +54,7 @@ def main() -> None:
 
     with preserved_state(0):
         view = ModelView(model)
-        data = Calibration.load(calib, model, samples)
+        data = Calibration.load(calib, view.read, samples)
 
         def forward() -> None:
             with torch.no_grad():

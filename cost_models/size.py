@@ -14,9 +14,7 @@ from mpq.space import SearchSpace
 
 def group_bytes(group: LayerGroup, scheme: Scheme) -> int:
     """Bytes of a group under a scheme: tied weights once, each tensor in whole bytes, activation scales included."""
-    weights = {
-        x.storage: math.ceil(scheme.weight.storage_bits(x.weight_shape, x.channel_axis) / 8) for x in group.layers
-    }
+    weights = {x.storage: math.ceil(scheme.weight.storage_bits(x.rows_shape) / 8) for x in group.layers}
     act = scheme.activation
     if act is None:
         return sum(weights.values())

@@ -7,7 +7,7 @@ import numpy as np
 from mpq.analysis import Analysis
 from mpq.budget import Budget
 from mpq.config import BitConfig
-from mpq.errors import BudgetError
+from mpq.errors import UnreachableError
 from mpq.evaluation import Evaluator
 from mpq.progress import progress_bar
 from mpq.search import Solver, convex_frontier
@@ -37,9 +37,10 @@ def smallest_within_drop(
         progress: Show a bar.
 
     Raises:
-        BudgetError: If even the config with the least predicted loss under the other budgets exceeds the limit.
+        UnreachableError: If even the config with the least predicted loss under the other budgets exceeds the limit.
     """
     size = analysis.costs["size"]
+    limit_drop = drop.value + 1e-12  # shares of whole counts differ by rounding
     if any(b.metric == "size" for b in others):
         others_without = tuple(b for b in others if b.metric != "size")
         cap = next(b for b in others if b.metric == "size").limit(size.reference)
@@ -55,8 +56,8 @@ def smallest_within_drop(
     best = solve(min(cap, high) if np.isfinite(cap) else high)
     measured_drop, measured = evaluator.accuracy_drop(best)
     best = best.with_measured(measured)
-    if measured_drop > drop.value:
-        raise BudgetError(
+    if measured_drop > limit_drop:
+        raise UnreachableError(
             f"{drop.text} can't be met: the config with the least predicted loss measures a drop of "
             f"{measured_drop:.2%} at {best.size_bytes / 1e3:,.1f} kB; allow higher bits or a larger drop"
         )
@@ -67,11 +68,11 @@ def smallest_within_drop(
         middle = (low + high) / 2
         try:
             candidate = solve(middle)
-        except BudgetError:  # the other budgets can't be met at this size
+        except UnreachableError:  # the other budgets can't be met at this size
             low = middle
             continue
         measured_drop, measured = evaluator.accuracy_drop(candidate)
-        if measured_drop <= drop.value:
+        if measured_drop <= limit_drop:
             best, high = candidate.with_measured(measured), candidate.size_bytes
         else:
             low = middle

@@ -13,19 +13,19 @@ from torch import nn
 
 from mpq import __version__
 from mpq.accuracy import smallest_within_drop
-from mpq.analysis import Analysis, Budgets
+from mpq.analysis import Analysis, Budgets, find_solver
 from mpq.bank import QuantizerBank, layer_scheme
-from mpq.budget import parse_budgets
+from mpq.budget import Budget, parse_budgets
 from mpq.calibration import Calibration, model_hash
 from mpq.config import BitConfig
-from mpq.cost_models import COST_MODELS, Device, find_device
+from mpq.cost_models import COST_MODELS, Cost, Device, find_device
 from mpq.errors import BudgetError, MpqError
 from mpq.evaluation import Evaluator
 from mpq.frontier import Frontier
 from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers.formats import Scheme, parse_schemes
 from mpq.search import Solver
-from mpq.sensitivity import ESTIMATORS, Estimator
+from mpq.sensitivity import ESTIMATORS, Estimator, SensitivityTable
 from mpq.space import SearchSpace, make_space
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, preserved_state
@@ -49,6 +49,7 @@ def analyze(
     activation_range: str = "mse",
     max_samples: int | None = 512,
     forward: Forward | None = None,
+    budget: Budgets | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis:
@@ -70,6 +71,7 @@ def analyze(
         activation_range: Range rule of activations.
         max_samples: Use at most about this many samples (whole batches); None takes all.
         forward: ``(model, batch) -> output`` where batches are not what the model's ``forward`` takes.
+        budget: Budgets that will be asked for: if they can't be met, say so before measuring.
         seed: Of everything random.
         progress: Show bars for what takes over two seconds.
 
@@ -80,9 +82,10 @@ def analyze(
         raise MpqError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     found_device, parsed = find_device(device), parse_schemes(schemes)
+    groups = [list(g) for g in groups]
     with preserved_state(seed):
         view = ModelView(model, forward)
-        data = Calibration.load(calib, model, max_samples)
+        data = Calibration.load(calib, view.read, max_samples)
         with torch.no_grad():
             output = view(data.batches[0])
         check_finite_output(output, "on the first calibration batch")
@@ -90,6 +93,9 @@ def analyze(
         _check_loss(resolved, output, data)
         graph = trace(view, data.batches[0])
         space = make_space(graph, parsed, pin=pin, skip=skip, groups=groups, device=found_device)
+        costs = {k: cost(space) for k, cost in COST_MODELS.items()}
+        if budget is not None:
+            _check_reachable(space, costs, parse_budgets(budget))
         bank = QuantizerBank(view, graph, weight_range, activation_range)
         bank.prepare(space.schemes, progress)
         bank.observe(data, progress)
@@ -108,17 +114,24 @@ def analyze(
         "seed": seed,
         "estimator": name,
         "loss": resolved.name,
-        # One pass traced, one for activation ranges, then the estimator's own.
+        # One for activation ranges, then the estimator's own.
         "forward_passes": round(1 + float(table.provenance.get("forward_passes", 0.0)), 2),
         "weight_range": weight_range,
         "activation_range": activation_range,
         "device": found_device.name,
+        "schemes": [str(s) for s in parsed],
+        "constraints": {
+            "pin": {k: str(v) for k, v in (pin or {}).items()},
+            "skip": list(skip),
+            "groups": [list(g) for g in groups],
+        },
+        "estimator_options": {k: repr(v) for k, v in (estimator_options or {}).items()},
         "model_class": type(model).__name__,
         "coverage": {"parameters": graph.parameter_coverage, "macs": graph.mac_coverage},
         "versions": _versions(),
     }
     table = replace(table, provenance={**table.provenance, **provenance})
-    return Analysis(space, table, {k: cost(space) for k, cost in COST_MODELS.items()}, ranges, provenance)
+    return Analysis(space, table, costs, ranges, provenance)
 
 
 def allocate(
@@ -164,12 +177,16 @@ def allocate(
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
     if drop is not None and eval_data is None:
         raise BudgetError(f"{drop.text} must be measured: pass eval_data=labelled batches")
+    if solver != "auto":
+        solver = find_solver(solver)
     progress = bool(options.get("progress", True))
     evaluator = None
     if eval_data is not None:
         evaluator = Evaluator(model, eval_data, forward=options.get("forward"), progress=progress)
-    analysis = analyze(model, calib, schemes, **options)
+        if drop is not None:
+            evaluator.require_accuracy()
     others = tuple(b for b in budgets if b is not drop)
+    analysis = analyze(model, calib, schemes, budget=others or None, **options)
     if drop is not None and evaluator is not None:
         return smallest_within_drop(analysis, evaluator, drop, others, solver, progress)
     config = analysis.config_for(others, analysis.solve(others, solver))
@@ -199,6 +216,17 @@ def pareto(
     if metric not in COST_MODELS:
         raise BudgetError(f"no cost model for {metric!r}; known: {', '.join(COST_MODELS)}")
     return analyze(model, calib, schemes, **options).pareto(metric)
+
+
+def _check_reachable(space: SearchSpace, costs: dict[str, Cost], budgets: tuple[Budget, ...]) -> None:
+    """Solve with all losses zero: only the budgets matter.
+
+    Raises:
+        BudgetError: If they can't be met together.
+    """
+    nothing = np.zeros(space.allowed.shape)
+    names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
+    Analysis(space, SensitivityTable(*names, nothing, nothing), costs, {}, {}).solve(budgets)
 
 
 def _check_loss(loss: OutputLoss, output: Any, data: Calibration) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from mpq.budget import UNITS, Budget, parse_budgets
 from mpq.config import BitConfig, LayerChoice
 from mpq.cost_models.table import Cost
-from mpq.errors import BudgetError, FormatError
+from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.layers import LayerSpec, Outside
 from mpq.problem import Ints, Problem, Solution, Status
 from mpq.quantizers.formats import Scheme
@@ -81,10 +81,10 @@ class Analysis:
             BudgetError: If they can't be reached; says what can.
         """
         problem = self.problem(budgets)
-        chosen = auto_solver(problem) if solver == "auto" else _solver(solver)
+        chosen = auto_solver(problem) if solver == "auto" else find_solver(solver)
         solution = chosen.solve(problem)
         if solution.pick is None:
-            raise BudgetError(self._unreachable(budgets, problem, solution))
+            raise UnreachableError(self._unreachable(budgets, problem, solution))
         return solution
 
     def config_for(self, budgets: tuple[Budget, ...], solution: Solution) -> BitConfig:
@@ -116,11 +116,12 @@ class Analysis:
         """The same scheme everywhere, pinned groups excepted.
 
         Raises:
-            FormatError: If it is not in the search space.
+            FormatError: If some group that is not pinned may not have it.
         """
         wanted = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
-        if wanted not in self.space.schemes:
-            raise FormatError(f"{wanted} is not in the search space: {', '.join(map(str, self.space.schemes))}")
+        if wanted not in self.space.uniform_schemes:
+            known = ", ".join(map(str, self.space.uniform_schemes)) or "none"
+            raise FormatError(f"{wanted} is not open to every group; uniform schemes here: {known}")
         column = self.space.schemes.index(wanted)
         pick = [column if row[column] else int(row.argmax()) for row in self.space.allowed]
         return self.config(pick)
@@ -161,9 +162,11 @@ class Analysis:
             "with_interactions": None if self.table.factor is None else self.table.quadratic(pick),
         }
         order = [x.name for x in self.space.graph if x.name in layers]
+        first_use = {x.storage: x.name for x in reversed(self.space.skipped)}
         skipped = tuple(
-            Outside(x.name, x.parameters, x.parameters * x.element_bits // 8, x.macs, "skipped by the user")
+            Outside(x.name, kept, kept * x.element_bits // 8, x.macs, "skipped by the user")
             for x in self.space.skipped
+            for kept in [x.parameters if first_use[x.storage] == x.name else 0]
         )
         return BitConfig(
             {name: layers[name] for name in order},
@@ -234,7 +237,12 @@ class Analysis:
         )
 
 
-def _solver(solver: str | Solver) -> Solver:
+def find_solver(solver: str | Solver) -> Solver:
+    """A solver by name.
+
+    Raises:
+        BudgetError: If the name is unknown.
+    """
     if not isinstance(solver, str):
         return solver
     if solver not in SOLVERS:

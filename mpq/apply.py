@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpq.attention import expand_attention
-from mpq.bank import quantize_inputs
+from mpq.bank import Inputs, quantize_inputs, round_weight
 from mpq.calibration import model_hash
 from mpq.config import BitConfig
-from mpq.errors import ConfigError, GraphError
+from mpq.errors import ConfigError
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.integer import fake_quantize
-from mpq.view import op_of, own_weight
+from mpq.view import copy_model, op_of, own_weight
 
 
 class InputQuantizer(nn.Module):
@@ -28,9 +25,9 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.fmt, self.limits = fmt, limits
 
-    def forward(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
-        """As a forward pre-hook: the layer's rounded arguments."""
-        return quantize_inputs(self.fmt, self.limits, args)
+    def forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """As a forward pre-hook with keywords: the layer's rounded arguments."""
+        return quantize_inputs(self.fmt, self.limits, (args, kwargs))
 
     def extra_repr(self) -> str:
         """Format and range."""
@@ -54,36 +51,37 @@ def quantize(model: nn.Module, config: BitConfig, *, strict: bool = True) -> nn.
     Raises:
         ConfigError: If the config was made for another model.
     """
-    if strict and config.provenance["model_hash"] != model_hash(model):
-        check_fits(expand_attention(_copied(model)), config)  # a better message where the layers differ as well
-        raise ConfigError(
-            "the config was made for a model with other weights (its hash differs); "
-            "pass strict=False to apply it to the same network with other weights"
-        )
-    copied = expand_attention(_copied(model))
+    copied = copy_model(model)
     check_fits(copied, config)
+    if strict:
+        check_hash(model_hash(model), config)
     done: set[int] = set()
     for name, choice in config.layers.items():
         layer = copied.get_submodule(name)
         weight = own_weight(layer)
         assert weight is not None
         if id(weight) not in done:  # tied weights are rounded once
-            axis = (op_of(layer) or ("", 0))[1]
             with torch.no_grad():
-                weight.copy_(fake_quantize(weight, choice.weight, axis, config.provenance["weight_range"]))
+                weight.copy_(round_weight(layer, weight, choice.weight, config.provenance["weight_range"]))
             done.add(id(weight))
         if choice.activation is not None:
             quantizer = InputQuantizer(choice.activation, choice.activation_range)
             layer.add_module("input_quantizer", quantizer)
-            layer.register_forward_pre_hook(quantizer)
+            layer.register_forward_pre_hook(quantizer, with_kwargs=True)
     return copied
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise GraphError(f"the model can't be copied ({type(error).__name__}: {error})") from error
+def check_hash(found: str, config: BitConfig) -> None:
+    """Refuse other weights than those the config was made for.
+
+    Raises:
+        ConfigError: If the hashes differ.
+    """
+    if config.provenance["model_hash"] != found:
+        raise ConfigError(
+            "the config was made for a model with other weights (its hash differs); "
+            "pass strict=False to use it on the same network with other weights"
+        )
 
 
 def check_fits(model: nn.Module, config: BitConfig) -> None:

@@ -124,15 +124,23 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def expand_attention(model: nn.Module) -> nn.Module:
+def expand_attention(model: nn.Module, done: dict[int, nn.Module] | None = None) -> nn.Module:
     """Replace every plain ``nn.MultiheadAttention`` below a module, in place; returns the module.
 
     Left alone: subclasses (their forward is unknown) and attentions with ``bias_k`` or ``add_zero_attn``.
+
+    Args:
+        model: Where to look.
+        done: Modules that were visited, so that one used in several places stays one.
     """
+    done = {} if done is None else done
+    if id(model) in done:
+        return done[id(model)]
     if type(model) is nn.MultiheadAttention and model.bias_k is None and not model.add_zero_attn:
-        return ExplicitAttention(model)
-    for name, child in model.named_children():
-        replacement = expand_attention(child)
-        if replacement is not child:
-            setattr(model, name, replacement)
+        done[id(model)] = ExplicitAttention(model)
+        return done[id(model)]
+    done[id(model)] = model
+    for name, child in list(model._modules.items()):
+        if child is not None:
+            model._modules[name] = expand_attention(child, done)
     return model

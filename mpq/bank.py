@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpq.calibration import Calibration
-from mpq.errors import DataError, FormatError, GraphError
+from mpq.errors import DataError, FormatError
 from mpq.layers import LayerGraph, LayerSpec
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat, Scheme
@@ -17,9 +17,11 @@ from mpq.quantizers.integer import fake_quantize, fake_quantize_static
 from mpq.quantizers.observers import ActivationObserver
 from mpq.quantizers.ranges import parse_percentile
 from mpq.trees import map_tensors, tensors_in
-from mpq.view import ModelView
+from mpq.view import ModelView, channels_first
 
 Range = tuple[float, float]
+# Positional and keyword arguments of a layer's forward.
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def check_range_method(method: str) -> None:
@@ -37,12 +39,18 @@ def layer_scheme(layer: LayerSpec, scheme: Scheme) -> Scheme:
     return Scheme(scheme.weight) if layer.source is None else scheme
 
 
-def quantize_inputs(fmt: NumberFormat | None, limits: Range | None, value: Any) -> Any:
+def quantize_inputs(fmt: NumberFormat | None, limits: Range | None, inputs: Inputs) -> Inputs:
     """Fake-quantize all floating-point tensors in a layer's inputs."""
     if fmt is None:
-        return value
+        return inputs
     lo, hi = limits or (0.0, 0.0)
-    return map_tensors(lambda t: fake_quantize_static(t, fmt, lo, hi) if t.is_floating_point() else t, value)
+    args, kwargs = map_tensors(lambda t: fake_quantize_static(t, fmt, lo, hi) if t.is_floating_point() else t, inputs)
+    return args, kwargs
+
+
+def round_weight(module: nn.Module, weight: Tensor, fmt: NumberFormat, method: str) -> Tensor:
+    """A layer's weight rounded to a format, with one scale or group of scales for each output channel."""
+    return channels_first(module, fake_quantize(channels_first(module, weight), fmt, 0, method))
 
 
 class QuantizerBank:
@@ -56,7 +64,6 @@ class QuantizerBank:
 
     Raises:
         FormatError: If a range rule is unknown.
-        GraphError: If a weight holds NaN or infinity.
     """
 
     def __init__(
@@ -69,16 +76,13 @@ class QuantizerBank:
         self._weights: dict[tuple[int, NumberFormat], Tensor] = {}
         self._observers: dict[str, ActivationObserver] = {}
         self._ranges: dict[tuple[str, NumberFormat], Range] = {}
-        for layer in graph:
-            if not torch.isfinite(view.weight(layer.name)).all():
-                raise GraphError(f"the weight of layer {layer.name!r} holds NaN or infinity")
 
     def weight(self, layer: LayerSpec, fmt: NumberFormat) -> Tensor:
         """The layer's weight rounded to a format; tied layers share it."""
         key = (layer.storage, fmt)
         if key not in self._weights:
-            weight = self.view.weight(layer.name)
-            self._weights[key] = fake_quantize(weight, fmt, layer.channel_axis, self.weight_range)
+            module = self.view.layers[layer.name]
+            self._weights[key] = round_weight(module, self.view.weight(layer.name), fmt, self.weight_range)
         return self._weights[key]
 
     def observe(self, data: Calibration, progress: bool = True) -> None:
@@ -90,8 +94,8 @@ class QuantizerBank:
         observers = {layer.name: ActivationObserver() for layer in self.graph}
 
         def hook(name: str) -> Any:
-            def update(module: nn.Module, args: tuple[Any, ...]) -> None:
-                for t in {id(t): t for t in tensors_in(args)}.values():
+            def update(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                for t in {id(t): t for t in tensors_in((args, kwargs))}.values():
                     if t.is_floating_point():
                         try:
                             observers[name].update(t)
@@ -100,7 +104,7 @@ class QuantizerBank:
 
             return update
 
-        hooks = [self.view.layers[name].register_forward_pre_hook(hook(name)) for name in observers]
+        hooks = [self.view.layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in observers]
         with self.view.hooked(hooks), torch.no_grad():
             for batch in progress_bar(data.batches, "activation ranges", progress):
                 self.view(batch)
@@ -115,17 +119,13 @@ class QuantizerBank:
             self._ranges[key] = self._observers[layer.name].range(fmt, self.activation_range)
         return self._ranges[key]
 
-    def set_ranges(self, ranges: Mapping[str, tuple[NumberFormat, Range]]) -> None:
-        """Use ranges calibrated earlier: layer name -> format and range."""
-        self._ranges.update({(name, fmt): limits for name, (fmt, limits) in ranges.items()})
-
-    def inputs(self, layer: LayerSpec, fmt: NumberFormat | None, value: Any) -> Any:
+    def inputs(self, layer: LayerSpec, fmt: NumberFormat | None, inputs: Inputs) -> Inputs:
         """A layer's inputs rounded to an activation format."""
-        return quantize_inputs(fmt, self.range(layer, fmt), value)
+        return quantize_inputs(fmt, self.range(layer, fmt), inputs)
 
-    def run(self, layer: LayerSpec, weight: NumberFormat | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def run(self, layer: LayerSpec, weight: NumberFormat | None, inputs: Inputs) -> Any:
         """The layer's own forward with its weight in a format (None: float), without its hooks."""
-        module = self.view.layers[layer.name]
+        module, (args, kwargs) = self.view.layers[layer.name], inputs
         if weight is None:
             return module.forward(*args, **kwargs)
         with self.view.swapped({layer.name: self.weight(layer, weight)}):

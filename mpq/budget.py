@@ -85,6 +85,8 @@ def parse_budgets(budgets: str | Budget | Iterable[str | Budget]) -> tuple[Budge
     Raises:
         BudgetError: If there is none, one does not parse, or two limit the same metric.
     """
+    if not isinstance(budgets, str | Budget | Iterable):
+        raise BudgetError(f"{budgets!r} is not a budget; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
     parts = budgets.split(",") if isinstance(budgets, str) else [budgets] if isinstance(budgets, Budget) else budgets
     parsed = tuple(b if isinstance(b, Budget) else Budget.parse(b) for b in parts)
     if not parsed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mpq.errors import DataError
+from mpq.trees import map_tensors, tensors_in
 
 _LABELS = ("labels", "label")
 
@@ -36,17 +37,32 @@ class Batch:
     raw: Any
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
+        """A copy of the batch on a device: models may write into their inputs."""
 
         def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+            return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
         args, kwargs, labels, raw = pytree.tree_map(move, (self.args, dict(self.kwargs), self.labels, self.raw))
         return Batch(args, kwargs, self.size, labels, raw)
 
     def tensors(self) -> list[Tensor]:
         """All input tensors."""
-        return [t for t in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(t, Tensor)]
+        return tensors_in((self.args, dict(self.kwargs)))
+
+    def without_last(self) -> Batch:
+        """The same batch with one sample less."""
+
+        def shorten(t: Tensor) -> Tensor:
+            return t[:-1] if t.dim() and len(t) == self.size else t
+
+        args, kwargs, raw = map_tensors(shorten, (self.args, dict(self.kwargs), self.raw))
+        return Batch(args, kwargs, self.size - 1, None, raw)
+
+    def update_hash(self, digest: hashlib._Hash) -> None:
+        """Feed names, shapes and bytes of inputs and labels to a hash."""
+        for name, tree in [("", self.args), *sorted(self.kwargs.items()), ("labels", self.labels)]:
+            for t in tensors_in(tree):
+                digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
 
 
 def _required_positional(model: nn.Module) -> int:
@@ -79,7 +95,8 @@ def make_batch(raw: Any, model: nn.Module) -> Batch:
         inputs = raw[0]
     if isinstance(inputs, Mapping):
         kwargs = {k: v for k, v in inputs.items() if k not in _LABELS}
-        labels = next((inputs[k] for k in _LABELS if inputs.get(k) is not None), labels)
+        found = labels_of(inputs)
+        labels = labels if found is None else found
         args = ()
     elif not args:
         args = (raw,)
@@ -91,13 +108,20 @@ def make_batch(raw: Any, model: nn.Module) -> Batch:
     return Batch(args, kwargs, len(first), labels, raw)
 
 
+def labels_of(raw: Any) -> Any:
+    """The labels of an ``(inputs, labels)`` pair or of a dict with ``labels``, else None."""
+    if isinstance(raw, Mapping):
+        return next((raw[k] for k in _LABELS if raw.get(k) is not None), None)
+    return raw[1] if isinstance(raw, tuple | list) and len(raw) == 2 else None
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Batches held in memory.
 
     Attributes:
         batches: The batches in order.
-        hash: SHA-256 of all input tensors.
+        hash: SHA-256 of all inputs and labels.
     """
 
     batches: tuple[Batch, ...]
@@ -109,35 +133,41 @@ class Calibration:
         return sum(b.size for b in self.batches)
 
     @classmethod
-    def load(cls, data: Iterable[Any], model: nn.Module, max_samples: int | None = None) -> Calibration:
+    def load(cls, data: Iterable[Any], read: Callable[[Any], Batch], max_samples: int | None = None) -> Calibration:
         """Take batches from any iterable until there are enough samples.
 
         Args:
             data: Batches or a DataLoader; a generator is consumed only as far as needed. A tensor is one batch.
-            model: The model they are meant for.
+            read: Makes a `Batch` of what the iterable yields, such as `mpq.view.ModelView.read`.
             max_samples: Stop after the batch that reaches this many.
 
         Raises:
             DataError: If there are no samples, or an input holds NaN or infinity.
         """
-        if isinstance(data, Calibration):
-            return data
         batches: list[Batch] = []
         digest = hashlib.sha256()
-        for i, raw in enumerate([data] if isinstance(data, Tensor | Mapping) else data):
-            batch = make_batch(raw, model)
-            if batch.size == 0:
-                continue
-            for t in batch.tensors():
-                if t.is_floating_point() and not torch.isfinite(t).all():
-                    raise DataError(f"batch {i} of the data holds NaN or infinity")
-                digest.update(f"{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
+        for batch in read_batches(data, read):
+            batch.update_hash(digest)
             batches.append(batch)
             if max_samples is not None and sum(b.size for b in batches) >= max_samples:
                 break
         if not batches:
             raise DataError("the data is empty: no batch with at least one sample (is a generator already used up?)")
         return cls(tuple(batches), digest.hexdigest())
+
+
+def read_batches(data: Iterable[Any], read: Callable[[Any], Batch]) -> Iterator[Batch]:
+    """Batches with at least one sample.
+
+    Raises:
+        DataError: If an input holds NaN or infinity.
+    """
+    for i, raw in enumerate([data] if isinstance(data, Tensor | Mapping) else data):
+        batch = read(raw)
+        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in batch.tensors()):
+            raise DataError(f"batch {i} of the data holds NaN or infinity")
+        if batch.size:
+            yield batch
 
 
 def tensor_bytes(t: Tensor) -> bytes:

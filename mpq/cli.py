@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mpq.errors import BudgetError, MpqError
+from mpq.errors import MpqError, UnreachableError
 
 if TYPE_CHECKING:
     from mpq.config import BitConfig
@@ -77,6 +77,9 @@ def allocate(
     from mpq.locate import locate_data, locate_model
 
     pins = dict(_split_pin(p) for p in pin or [])
+    for path in (out, report):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise MpqError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     config = mpq.allocate(
         locate_model(model),
         locate_data(calib),
@@ -172,4 +175,4 @@ def main() -> None:
         app()
     except MpqError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(3 if isinstance(error, BudgetError) and "can't be met" in str(error) else 2)
+        sys.exit(3 if isinstance(error, UnreachableError) else 2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -176,7 +178,7 @@ class BitConfig(Mapping[str, LayerChoice]):
             "solver": dict(self.solver),
             "provenance": dict(sorted(self.provenance.items())),
         }
-        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+        return json.dumps({**data, "checksum": _checksum(data)}, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file."""
@@ -190,19 +192,20 @@ class BitConfig(Mapping[str, LayerChoice]):
         return write_report(self, path, **options)
 
     @classmethod
-    def from_json(cls, text: str, origin: str = "the text") -> BitConfig:
+    def from_json(cls, text: str, origin: str = "the text", *, verify: bool = True) -> BitConfig:
         """Read JSON text.
 
         Args:
             text: What `to_json` wrote.
             origin: What to call it in errors.
+            verify: Refuse a text that was changed after it was written.
 
         Raises:
-            ConfigError: If it is not JSON, of another version, or breaks the schema.
+            ConfigError: If it is not JSON, of another version, breaks the schema, or was changed.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        except ValueError as error:
             raise ConfigError(f"{origin} is not JSON: {error}") from None
         version = data.get("schema") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
@@ -212,6 +215,11 @@ class BitConfig(Mapping[str, LayerChoice]):
             where = "/".join(map(str, problem.absolute_path)) or "the top level"
             raise ConfigError(f"{origin} breaks the schema at {where}: {problem.message[:200]}")
         layers = {name: _read_layer(name, entry, origin) for name, entry in data["layers"].items()}
+        if verify and data["checksum"] != _checksum({k: v for k, v in data.items() if k != "checksum"}):
+            raise ConfigError(
+                f"{origin} was changed after mpq wrote it (its checksum differs), so that its figures may not hold; "
+                "pass verify=False to load it all the same"
+            )
         measured = None if data["measured"] is None else Measured(**data["measured"])
         return cls(
             layers,
@@ -271,17 +279,33 @@ class BitConfig(Mapping[str, LayerChoice]):
         )
 
 
-def load(path: str | Path) -> BitConfig:
+def load(path: str | Path, *, verify: bool = True) -> BitConfig:
     """Read a `BitConfig` from a JSON file.
 
+    Args:
+        path: The file.
+        verify: Refuse a file that was changed after it was written.
+
     Raises:
-        ConfigError: If it can't be read, is damaged, or is of another version.
+        ConfigError: If it can't be read, is damaged or changed, or is of another version.
     """
     try:
         text = Path(path).read_text("utf8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
-    return BitConfig.from_json(text, str(path))
+    return BitConfig.from_json(text, str(path), verify=verify)
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of the content, whatever its layout."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 @cache
@@ -304,6 +328,8 @@ def _read_layer(name: str, entry: dict[str, Any], origin: str) -> LayerChoice:
     limits = entry["activation_range"]
     if scheme.activation is not None and scheme.activation.family == "int" and limits is None:
         raise ConfigError(f"{origin}, layer {name!r}: {entry['scheme']} needs an activation_range")
+    if limits is not None and (scheme.activation is None or scheme.activation.family != "int"):
+        raise ConfigError(f"{origin}, layer {name!r}: {entry['scheme']} takes no activation_range")
     if limits is not None and not limits[0] <= 0 <= limits[1]:
         raise ConfigError(f"{origin}, layer {name!r}: activation_range {limits} must hold zero")
     return LayerChoice(

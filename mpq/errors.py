@@ -21,5 +21,9 @@ class BudgetError(MpqError):
     """A budget that does not parse, contradicts another or can't be reached."""
 
 
+class UnreachableError(BudgetError):
+    """A budget that no config in the search space meets."""
+
+
 class ConfigError(MpqError):
     """A BitConfig file that is damaged, of another version, or made for another model."""

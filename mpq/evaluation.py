@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.apply import InputQuantizer
+from mpq.apply import InputQuantizer, check_fits, check_hash
 from mpq.bank import QuantizerBank
-from mpq.calibration import Batch, Calibration
+from mpq.calibration import Batch, Calibration, model_hash, read_batches
 from mpq.config import BitConfig, Measured
 from mpq.errors import ConfigError, DataError
 from mpq.losses import (
@@ -24,6 +24,7 @@ from mpq.losses import (
     resolve_loss,
 )
 from mpq.progress import progress_bar
+from mpq.trace import trace
 from mpq.view import Forward, ModelView, preserved_state
 
 _IGNORED_LABEL = -100  # PyTorch's and Hugging Face's convention
@@ -48,24 +49,15 @@ class _Totals:
         return Measured(self.samples, self.correct / self.predictions if labelled else None, loss, kl)
 
 
-def _measure(
-    run: Callable[[Batch], Any],
-    batches: Iterable[Batch],
-    references: list[Any] | None = None,
-    loss: CallableLoss | None = None,
-) -> Measured:
-    """Run all batches; ``references`` are the float model's outputs for them."""
-    totals = _Totals()
-    divergence = None if references is None else resolve_loss("auto", references[0])
-    for i, batch in enumerate(batches):
-        output = run(batch)
-        totals.samples += batch.size
-        _count(totals, output, batch)
-        if loss is not None:
-            totals.user_loss = (totals.user_loss or 0.0) + float(loss.value(output, None, batch).double().sum())
-        if references is not None and isinstance(divergence, KLLoss):
-            totals.kl = (totals.kl or 0.0) + float(divergence.value(output, references[i], batch).double().sum())
-    return totals.result()
+def _add(totals: _Totals, output: Any, batch: Batch, reference: Any, loss: CallableLoss | None) -> None:
+    """Add one batch; ``reference`` is the float model's output for it, or None."""
+    totals.samples += batch.size
+    _count(totals, output, batch)
+    if loss is not None:
+        totals.user_loss = (totals.user_loss or 0.0) + float(loss.value(output, None, batch).double().sum())
+    divergence = None if reference is None else resolve_loss("auto", reference)
+    if isinstance(divergence, KLLoss):
+        totals.kl = (totals.kl or 0.0) + float(divergence.value(output, reference, batch).double().sum())
 
 
 def _count(totals: _Totals, output: Any, batch: Batch) -> None:
@@ -76,8 +68,14 @@ def _count(totals: _Totals, output: Any, batch: Batch) -> None:
     scores = logits.movedim(1, -1) if logits.dim() > 3 else logits
     if scores.shape[:-1] != labels.shape:
         return
-    scores, wanted = scores.flatten(0, -2).float(), labels.to(logits.device).flatten()
+    ids = batch.kwargs.get("input_ids")
+    if isinstance(ids, Tensor) and torch.equal(torch.where(labels == _IGNORED_LABEL, ids, labels), ids):
+        scores, labels = scores[:, :-1], labels[:, 1:]  # causal language models predict the next token
+    scores, wanted = scores.flatten(0, -2).float(), labels.to(logits.device, torch.long).flatten()
     counted = wanted != _IGNORED_LABEL
+    classes = scores.shape[1]
+    if ((wanted[counted] < 0) | (wanted[counted] >= classes)).any():
+        raise DataError(f"a label is not one of the model's {classes} classes (0 to {classes - 1})")
     totals.predictions += int(counted.sum())
     totals.correct += int((scores.argmax(1) == wanted)[counted].sum())
     totals.cross_entropy += float(F.cross_entropy(scores, wanted, reduction="sum", ignore_index=_IGNORED_LABEL))
@@ -108,18 +106,20 @@ def evaluate(
     Raises:
         DataError: If the data is empty or the model can't take it.
     """
-    batches = Calibration.load(data, model).batches
     own = None if loss is None else CallableLoss(loss)
+    totals, float_totals = _Totals(), _Totals()
     with preserved_state(seed=0), torch.no_grad():
         view = ModelView(model, forward)
-        if reference is None:
-            return _measure(view, progress_bar(batches, "evaluate", progress), None, own)
-        float_view = ModelView(reference, forward)
-        outputs: list[Any] = [float_view(b) for b in progress_bar(batches, "float model", progress)]
-        measured = _measure(view, progress_bar(batches, "evaluate", progress), outputs, own)
-        kept = iter(outputs)
-        float_measured = _measure(lambda batch: next(kept), batches, loss=own)
-        return replace(measured, float_accuracy=float_measured.accuracy)
+        float_view = None if reference is None else ModelView(reference, forward)
+        length = len(data) if isinstance(data, Sized) and not isinstance(data, Tensor) else None
+        for batch in progress_bar(read_batches(data, view.read), "evaluate", progress, length):
+            expected = None if float_view is None else float_view(batch)
+            _add(totals, view(batch), batch, expected, own)
+            if expected is not None:
+                _add(float_totals, expected, batch, None, None)
+    if totals.samples == 0:
+        raise DataError("the data is empty: no batch with at least one sample (is a generator already used up?)")
+    return replace(totals.result(), float_accuracy=float_totals.result().accuracy if reference is not None else None)
 
 
 class Evaluator:
@@ -138,44 +138,51 @@ class Evaluator:
     def __init__(
         self, model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, progress: bool = True
     ) -> None:
-        from mpq.trace import trace
-
         self._progress = progress
-        self._batches = Calibration.load(data, model).batches
-        with preserved_state(seed=0):
+        with preserved_state(seed=0), torch.no_grad():
             self._view = ModelView(model, forward)
-            self._graph = trace(self._view, self._batches[0])
-            with torch.no_grad():
-                self._references = [self._view(b) for b in progress_bar(self._batches, "float model", progress)]
-        for output in self._references:
+            self._batches = Calibration.load(data, self._view.read).batches
+            with torch.enable_grad():
+                self._graph = trace(self._view, self._batches[0])
+            self._references = [self._view(b) for b in progress_bar(self._batches, "float model", progress)]
+        totals = _Totals()
+        for output, batch in zip(self._references, self._batches, strict=True):
             check_finite_output(output, "on the evaluation data")
-        kept = iter(self._references)
-        self.float_measured = _measure(lambda batch: next(kept), self._batches)
+            _add(totals, output, batch, None, None)
+        self.float_measured = totals.result()
+        self._hash = model_hash(model)
         self._banks: dict[str, QuantizerBank] = {}
 
-    def measure(self, config: BitConfig) -> Measured:
+    def measure(self, config: BitConfig, *, strict: bool = True) -> Measured:
         """Measure a config.
 
+        Args:
+            config: The bits.
+            strict: Refuse a config that was made for other weights.
+
         Raises:
-            ConfigError: If it names a layer that did not run here.
+            ConfigError: If it was made for another model, or names a layer that did not run here.
         """
-        unknown = [name for name in config.layers if name not in self._view.layers]
-        if unknown:
-            raise ConfigError(f"the config was made for another model: it has no layer {unknown[0]!r}")
+        check_fits(self._view.module, config)
+        if strict:
+            check_hash(self._hash, config)
         method = config.provenance["weight_range"]
-        if method not in self._banks:
-            self._banks[method] = QuantizerBank(self._view, self._graph, method)
-        bank = self._banks[method]
+        bank = self._banks.setdefault(method, QuantizerBank(self._view, self._graph, method))
         weights, hooks = {}, []
         for name, choice in config.layers.items():
-            weights[name] = bank.weight(self._graph[name], choice.weight)
+            layer = next((x for x in self._graph if x.name == name), None)
+            if layer is None:
+                raise ConfigError(f"layer {name!r} of the config did not run on the evaluation data")
+            weights[name] = bank.weight(layer, choice.weight)
+        for name, choice in config.layers.items():
             if choice.activation is not None:
                 quantizer = InputQuantizer(choice.activation, choice.activation_range)
-                hooks.append(self._view.layers[name].register_forward_pre_hook(quantizer))
+                hooks.append(self._view.layers[name].register_forward_pre_hook(quantizer, with_kwargs=True))
+        totals = _Totals()
         with preserved_state(seed=0), torch.no_grad(), self._view.hooked(hooks), self._view.swapped(weights):
-            batches = progress_bar(self._batches, "evaluate", self._progress)
-            measured = _measure(self._view, batches, self._references)
-        return replace(measured, float_accuracy=self.float_measured.accuracy)
+            for i, batch in enumerate(progress_bar(self._batches, "evaluate", self._progress)):
+                _add(totals, self._view(batch), batch, self._references[i], None)
+        return replace(totals.result(), float_accuracy=self.float_measured.accuracy)
 
     def accuracy_drop(self, config: BitConfig) -> tuple[float, Measured]:
         """Float accuracy minus the config's, and all that was measured.
@@ -183,7 +190,15 @@ class Evaluator:
         Raises:
             DataError: If the data has no labels to measure accuracy with.
         """
+        self.require_accuracy()
         measured = self.measure(config)
-        if measured.accuracy is None or self.float_measured.accuracy is None:
+        return (self.float_measured.accuracy or 0.0) - (measured.accuracy or 0.0), measured
+
+    def require_accuracy(self) -> None:
+        """Refuse data without usable labels.
+
+        Raises:
+            DataError: If the float model's accuracy could not be measured.
+        """
+        if self.float_measured.accuracy is None:
             raise DataError("accuracy can't be measured: give eval_data as (inputs, integer labels) batches")
-        return self.float_measured.accuracy - measured.accuracy, measured

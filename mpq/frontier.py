@@ -34,7 +34,8 @@ class Frontier(Sequence[BitConfig]):
         cost: Metric of each point ``[P]``, rising.
         loss: Predicted loss of each point ``[P]``, falling.
         picks: Scheme index per group of each point ``[P, G]``.
-        exact: True if no other trade-off exists; False if these are the points of the convex hull.
+        exact: True if the points come from all trade-offs there are (perhaps thinned, see `total`); False if they are
+            those of the convex hull.
         total: How many points the frontier has before thinning.
     """
 

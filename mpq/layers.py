@@ -21,7 +21,7 @@ class LayerSpec:
         name: Qualified module name; an attention's packed projection is ``<name>.in_proj``.
         op: ``conv1d`` ... ``conv_transpose3d``, ``linear``, ``embedding``, ``attention_in_proj``.
         weight_shape: Shape of the weight.
-        channel_axis: Output-channel axis of the weight.
+        rows_shape: Shape of the weight with its output channels first (transposed convolutions differ).
         input_shape: Shape of the first input for one sample of the first calibration batch, without batch axis.
         output_shape: Likewise for the output.
         macs: Multiply-accumulates for one sample, over all calls.
@@ -35,7 +35,7 @@ class LayerSpec:
     name: str
     op: str
     weight_shape: tuple[int, ...]
-    channel_axis: int
+    rows_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     macs: int

@@ -54,10 +54,14 @@ def locate_data(spec: str, batch_size: int = 64) -> Iterable[Any]:
         DataError: If there are no batches in it.
     """
     if spec.endswith(".npz"):
-        with np.load(spec, allow_pickle=False) as arrays:
-            if "x" not in arrays:
-                raise DataError(f"{spec} must hold an array 'x' (and perhaps labels 'y'), not {', '.join(arrays)}")
-            parts = [torch.split(torch.from_numpy(arrays[k]), batch_size) for k in ("x", "y") if k in arrays]
+        try:
+            with np.load(spec, allow_pickle=False) as loaded:
+                arrays = {name: torch.from_numpy(loaded[name]) for name in loaded if name in ("x", "y")}
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{spec} can't be read as an npz file: {error}") from None
+        if "x" not in arrays or len({len(a) for a in arrays.values()}) != 1:
+            raise DataError(f"{spec} must hold an array 'x' and perhaps as many labels 'y'")
+        parts = [torch.split(arrays[k], batch_size) for k in ("x", "y") if k in arrays]
         return list(parts[0]) if len(parts) == 1 else list(zip(*parts, strict=True))
     found = locate(spec)
     if not isinstance(found, Iterable):
@@ -68,7 +72,7 @@ def locate_data(spec: str, batch_size: int = 64) -> Iterable[Any]:
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except (ImportError, SyntaxError) as error:
         raise MpqError(f"can't import {name!r}: {error}") from None
 
 
@@ -80,5 +84,8 @@ def _module_from_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise MpqError(f"can't import {path}: {error}") from None
     return module

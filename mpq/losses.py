@@ -40,6 +40,9 @@ class OutputLoss(Protocol):
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """Scalars whose gradients' outer products sum to the Hessian exactly (no randomness)."""
 
+    def by_sample(self, output: Any, batch: Batch) -> bool:
+        """Whether probes have independent signs for each sample."""
+
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs of the shape of a tensor; drawn on the CPU, so that every device draws the same."""
@@ -108,6 +111,10 @@ class KLLoss:
                 unit[:, position, c] = 1
                 yield self._project(log_p, batch, unit)
 
+    def by_sample(self, output: Any, batch: Batch) -> bool:
+        """See `OutputLoss.by_sample`."""
+        return True
+
     def _project(self, log_p: Tensor, batch: Batch, direction: Tensor) -> Tensor:
         # d(log_p)/d(z) = I - 1 p^T, so the gradient of sum(sqrt(p) e log_p) is sqrt(p) e - p (sqrt(p) . e).
         weights = self._position_weights(log_p, batch).sqrt()[..., None]
@@ -150,6 +157,10 @@ class MSELoss:
         for column in y.unbind(1):
             yield column.sum() * math.sqrt(2 / y.shape[1])
 
+    def by_sample(self, output: Any, batch: Batch) -> bool:
+        """See `OutputLoss.by_sample`."""
+        return True
+
 
 @dataclass(frozen=True)
 class CallableLoss:
@@ -181,6 +192,10 @@ class CallableLoss:
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """The summed loss: its per-sample gradients are exact already."""
         yield self._per_sample(output, batch).expand(batch.size).sum()
+
+    def by_sample(self, output: Any, batch: Batch) -> bool:
+        """See `OutputLoss.by_sample`."""
+        return self._per_sample(output, batch).dim() == 1
 
 
 def resolve_loss(loss: str | UserLoss | OutputLoss, output: Any) -> OutputLoss:

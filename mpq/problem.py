@@ -15,8 +15,9 @@ from mpq.errors import MpqError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Sums of a thousand float costs differ by about this much with the order of summation.
-RELATIVE_TOLERANCE = 1e-9
+# Slack of limits, relative: sums of floats differ with the order of summation; sums of whole numbers are exact, but
+# their limit may come from a product such as 0.3 * 10.
+FLOAT_TOLERANCE, WHOLE_TOLERANCE = 1e-9, 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,9 @@ class Constraint:
     @cached_property
     def slack_limit(self) -> Floats:
         """The limit with a tolerance for rounding of sums, ``[R]``."""
-        return self.limit + RELATIVE_TOLERANCE * np.abs(self.limit)
+        whole = (self.cost == np.round(self.cost)).all((0, 1))
+        tolerance: Floats = np.where(whole, WHOLE_TOLERANCE, FLOAT_TOLERANCE)
+        return self.limit + tolerance * np.abs(self.limit)
 
 
 @dataclass(frozen=True, eq=False)

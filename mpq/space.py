@@ -35,6 +35,13 @@ class SearchSpace:
     device: Device
 
     @property
+    def uniform_schemes(self) -> tuple[Scheme, ...]:
+        """Schemes that every group may have, pinned groups excepted."""
+        free = self.allowed[self.allowed.sum(1) > 1]
+        rows = free if len(free) else self.allowed
+        return tuple(s for i, s in enumerate(self.schemes) if rows[:, i].all())
+
+    @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The searched layers, by group."""
         return tuple(x for g in self.groups for x in g.layers)
@@ -78,7 +85,8 @@ def make_space(
     if not usable:
         names = ", ".join(map(str, wanted))
         raise FormatError(f"none of {names} has a kernel on {device.name}; it runs {device.kernel_names()}")
-    skipped = {x.name for pattern in skip for x in graph.match(pattern)}
+    skipped_storage = {x.storage for pattern in skip for x in graph.match(pattern)}
+    skipped = {x.name for x in graph if x.storage in skipped_storage}  # tied weights stay float together
     pinned = {x.name: s for pattern, s in pins.items() for x in graph.match(pattern)}
     joined = [[x for pattern in members for x in graph.match(pattern) if x.name not in skipped] for members in groups]
     layers = tuple(x for x in graph if x.name not in skipped)

@@ -1,9 +1,11 @@
 """Contract tests for extensions: subclass a case, supply one fixture, inherit all checks.
 
-class TestMySolver(SolverContract):
-@pytest.fixture
-def solver(self):
-return MySolver()
+Example::
+
+    class TestMySolver(SolverContract):
+        @pytest.fixture
+        def solver(self):
+            return MySolver()
 """
 
 from __future__ import annotations

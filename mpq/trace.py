@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
+from torch.backends import mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpq.calibration import Batch
 from mpq.errors import GraphError
 from mpq.layers import LayerGraph, LayerSpec, Outside
 from mpq.trees import map_tensors, tensors_in
-from mpq.view import ModelView, op_of, own_weight
+from mpq.view import ModelView, channels_first, op_of, own_weight, preserved_state
 
 
 class _Recorder:
@@ -30,21 +34,24 @@ class _Recorder:
         self.sources: dict[str, Tensor] = {}
         self.ends: dict[Any, str] = {}
         self.reads: list[tuple[str, list[Any]]] = []
+        self.uses = _WeightUses(view)
         self._alive: list[Any] = []  # keeps ids unique during the pass
 
     def run(self, batch: Batch) -> int:
         """Run the batch; returns the MACs of the whole network over the batch."""
-        hooks = [m.register_forward_hook(self._hook(name)) for name, m in self.view.layers.items()]
-        # The counter sees the products inside attention only in its plain implementation.
-        with self.view.hooked(hooks), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        hooks = []
+        for name, m in self.view.layers.items():
+            hooks.append(m.register_forward_pre_hook(lambda m, args, name=name: self.uses.enter(name)))
+            hooks.append(m.register_forward_hook(self._hook(name), with_kwargs=True))
+        with self.view.hooked(hooks), _plain_kernels(), FlopCounterMode(display=False) as flops, self.uses:
             self.view(batch)
         return int(flops.get_total_flops()) // 2
 
     def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            inputs, outputs = tensors_in(args), tensors_in(output)
-            if not inputs:
-                raise GraphError(f"layer {name!r} is called without a positional tensor; mpq can't observe its input")
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            inputs, outputs = tensors_in((args, kwargs)), tensors_in(output)
+            if not inputs or not outputs:
+                raise GraphError(f"layer {name!r} is called without a tensor or returns none")
             if name not in self.calls:
                 self.order.append(name)
                 self.shapes[name] = (tuple(inputs[0].shape[1:]), tuple(outputs[0].shape[1:]))
@@ -54,6 +61,7 @@ class _Recorder:
             self.macs[name] += _macs(module, inputs, outputs)
             self.reads.append((name, [t.grad_fn for t in inputs]))
             self._alive += [inputs, outputs]
+            self.uses.leave(name)
             return map_tensors(lambda t: self._mark(name, t), output)
 
         return hook
@@ -61,7 +69,8 @@ class _Recorder:
     def _mark(self, name: str, output: Tensor) -> Tensor:
         """An output that autograd knows as this layer's."""
         marked = output.clone() if output.requires_grad else output.detach().requires_grad_().clone()
-        self.ends[marked.grad_fn] = name
+        if marked.grad_fn is not None:  # none where the model switches gradients off
+            self.ends[marked.grad_fn] = name
         return marked
 
     def dataflow(self) -> nx.DiGraph[str]:
@@ -82,13 +91,48 @@ class _Recorder:
         return flow
 
 
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Implementations whose products the counter sees, inside attention and recurrent layers too."""
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # reading the flags warns about hardware that is not there
+        with mkldnn.flags(enabled=False):
+            yield
+
+
+class _WeightUses(TorchFunctionMode):
+    """Notes layers whose weight is read outside their own forward, such as ``F.linear(x, self.embed.weight)``."""
+
+    def __init__(self, view: ModelView) -> None:
+        super().__init__()
+        self._view, self._running = view, Counter[int]()
+        self._weights = {id(view.weight(name)) for name in view.layers}
+        self.elsewhere: set[int] = set()
+
+    def enter(self, name: str) -> None:
+        """The layer's own forward begins."""
+        self._running[id(self._view.weight(name))] += 1
+
+    def leave(self, name: str) -> None:
+        """The layer's own forward ends."""
+        self._running[id(self._view.weight(name))] -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and getattr(func, "__name__", "") != "__get__":  # not .dtype, .shape and the like
+            for t in tensors_in((args, kwargs or {})):
+                if id(t) in self._weights and not self._running[id(t)]:
+                    self.elsewhere.add(id(t))
+        return result
+
+
 def _macs(module: nn.Module, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Multiply-accumulates of one call: each output element (of a transposed convolution: input) x its fan."""
     weight = own_weight(module)
     assert weight is not None
     if isinstance(module, nn.Embedding):
         return 0
-    if op_of(module)[0].startswith("conv_transpose"):  # type: ignore[index]
+    if (op_of(module) or "").startswith("conv_transpose"):
         return inputs[0].numel() * weight[0].numel()
     return sum(t.numel() for t in outputs) * weight[0].numel()
 
@@ -118,38 +162,41 @@ def _fx_dataflow(view: ModelView, order: list[str]) -> nx.DiGraph[str] | None:
     return flow if set(flow) == set(order) else None
 
 
-def _outside(view: ModelView, searched: set[str], counted: set[int], batch_size: int, other_macs: int) -> list[Outside]:
-    """Everything with parameters that is not a layer of the graph, by module, plus matrix products outside."""
+def _without(flow: nx.DiGraph[str], names: set[str]) -> nx.DiGraph[str]:
+    """The dataflow with some layers bridged over."""
+    for name in names:
+        flow.add_edges_from([(p, s) for p in flow.predecessors(name) for s in flow.successors(name)])
+        flow.remove_node(name)
+    return flow
+
+
+def _outside(view: ModelView, searched: set[str], recorder: _Recorder, batch_size: int) -> list[Outside]:
+    """Every parameter that is not the weight of a searched layer, by module."""
     found = []
-    for module_name, module in view.module.named_modules():
-        if module_name in searched:
-            left = {k: p for k, p in module._parameters.items() if k != "weight" and p is not None}
-        else:
-            left = {k: p for k, p in module._parameters.items() if p is not None}
-        left = {k: p for k, p in left.items() if id(p) not in counted}
+    counted = {id(own_weight(view.layers[name])) for name in searched}
+    for name, module in view.module.named_modules():
+        left = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in counted}
         if not left:
             continue
         counted.update(id(p) for p in left.values())
+        reason = f"{', '.join(left)} stays float" if name in searched else _reason(name, module, recorder)
         found.append(
             Outside(
-                module_name or "(model)",
+                name or "(model)",
                 sum(p.numel() for p in left.values()),
                 sum(p.numel() * p.element_size() for p in left.values()),
-                0,
-                _reason(module_name, module, searched, list(left)),
+                0 if name in searched else recorder.macs[name] // batch_size,
+                reason,
             )
         )
-    if other_macs > 0:
-        reason = "products outside the layers, such as attention scores, stay float"
-        found.append(Outside("(functional)", 0, 0, other_macs // batch_size, reason))
     return found
 
 
-def _reason(name: str, module: nn.Module, searched: set[str], left: list[str]) -> str:
-    if name in searched:
-        return f"{', '.join(left)} stays float"
+def _reason(name: str, module: nn.Module, recorder: _Recorder) -> str:
+    if name in recorder.calls:
+        return "its weight is also used outside the layer, which mpq can't observe"
     if op_of(module) and own_weight(module) is not None:
-        return "never ran on the first calibration batch"
+        return "not called as a module on the first calibration batch"
     if op_of(module):
         return "its weight is computed by a parametrization; remove it before the search"
     if isinstance(module, nn.MultiheadAttention):
@@ -173,44 +220,51 @@ def trace(view: ModelView, batch: Batch) -> LayerGraph:
     """
     recorder = _Recorder(view)
     total = recorder.run(batch)
-    order = recorder.order
+    foreign = {name for name in recorder.order if id(view.weight(name)) in recorder.uses.elsewhere}
+    order = [name for name in recorder.order if name not in foreign]
     if not order:
         raise GraphError("no quantizable layer ran on the first calibration batch")
-    flow = _fx_dataflow(view, order)
+    flow = _fx_dataflow(view, recorder.order)
+    layers = _specs(view, order, recorder, batch.size)
+    outside = _outside(view, set(order), recorder, batch.size)
+    functional = total - sum(recorder.macs.values())
+    if functional > 0:
+        reason = "products outside the layers, such as attention scores, stay float"
+        outside.append(Outside("(functional)", 0, 0, functional // batch.size, reason))
+    return LayerGraph(
+        layers,
+        tuple(outside),
+        _without(recorder.dataflow() if flow is None else flow, foreign),
+        "hooks" if flow is None else "fx",
+        max(round(total / batch.size), sum(x.macs for x in layers)),
+    )
+
+
+def _specs(view: ModelView, order: list[str], recorder: _Recorder, batch_size: int) -> tuple[LayerSpec, ...]:
     storages: dict[tuple[Any, ...], int] = {}
     sources: dict[int, int] = {}
     layers = []
     for name in order:
         module, weight = view.layers[name], view.weight(name)
-        op, axis = op_of(module) or ("", 0)
         key = (weight.data_ptr(), tuple(weight.shape), tuple(weight.stride())) if weight.numel() else (name,)
         source = recorder.sources.get(name)
-        in_shape, out_shape = recorder.shapes[name]
         layers.append(
             LayerSpec(
-                name,
-                op,
-                tuple(weight.shape),
-                axis,
-                in_shape,
-                out_shape,
-                round(recorder.macs[name] / batch.size),
-                math.prod(weight.shape),
-                recorder.calls[name],
-                storages.setdefault(key, len(storages)),
-                None if source is None else sources.setdefault(id(source), len(sources)),
-                weight.element_size() * 8,
+                name=name,
+                op=op_of(module) or "",
+                weight_shape=tuple(weight.shape),
+                rows_shape=tuple(channels_first(module, weight).shape),
+                input_shape=recorder.shapes[name][0],
+                output_shape=recorder.shapes[name][1],
+                macs=round(recorder.macs[name] / batch_size),
+                parameters=weight.numel(),
+                calls=recorder.calls[name],
+                storage=storages.setdefault(key, len(storages)),
+                source=None if source is None else sources.setdefault(id(source), len(sources)),
+                element_bits=weight.element_size() * 8,
             )
         )
-    counted = {id(own_weight(view.layers[name])) for name in order}
-    outside = _outside(view, set(order), counted, batch.size, total - sum(recorder.macs.values()))
-    return LayerGraph(
-        tuple(layers),
-        tuple(outside),
-        flow if flow is not None else recorder.dataflow(),
-        "fx" if flow is not None else "hooks",
-        max(round(total / batch.size), sum(x.macs for x in layers)),
-    )
+    return tuple(layers)
 
 
 def trace_model(model: nn.Module, batch: Any) -> LayerGraph:
@@ -223,8 +277,6 @@ def trace_model(model: nn.Module, batch: Any) -> LayerGraph:
         >>> [(x.name, x.op, x.macs) for x in graph]
         [('0', 'linear', 32), ('2', 'linear', 16)]
     """
-    from mpq.calibration import make_batch
-    from mpq.view import preserved_state
-
     with preserved_state(seed=0):
-        return trace(ModelView(model), make_batch(batch, model))
+        view = ModelView(model)
+        return trace(view, view.read(batch))

@@ -11,33 +11,45 @@ import torch
 from torch import Tensor, nn
 
 from mpq.attention import PackedProjection, expand_attention
-from mpq.calibration import Batch
-from mpq.errors import DataError, GraphError
+from mpq.calibration import Batch, labels_of, make_batch
+from mpq.errors import DataError, GraphError, MpqError
+from mpq.trees import tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
 
-# Quantizable modules: class -> (op, output-channel axis of the weight). Subclasses count as well.
-QUANTIZABLE: dict[type[nn.Module], tuple[str, int]] = {
-    nn.ConvTranspose1d: ("conv_transpose1d", 1),
-    nn.ConvTranspose2d: ("conv_transpose2d", 1),
-    nn.ConvTranspose3d: ("conv_transpose3d", 1),
-    nn.Conv1d: ("conv1d", 0),
-    nn.Conv2d: ("conv2d", 0),
-    nn.Conv3d: ("conv3d", 0),
-    nn.Linear: ("linear", 0),
-    nn.Embedding: ("embedding", 0),
-    PackedProjection: ("attention_in_proj", 0),
+# Quantizable modules and their op names. Subclasses count as well.
+QUANTIZABLE: dict[type[nn.Module], str] = {
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+    PackedProjection: "attention_in_proj",
 }
 
 
-def op_of(module: nn.Module) -> tuple[str, int] | None:
-    """Op name and channel axis of a quantizable module, else None."""
+def op_of(module: nn.Module) -> str | None:
+    """Op name of a quantizable module, else None."""
     return next((op for cls, op in QUANTIZABLE.items() if isinstance(module, cls)), None)
 
 
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """The module's weight if it is a plain parameter (not computed by a parametrization), else None."""
     return module._parameters.get("weight")
+
+
+def channels_first(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight with its output channels as first axis; applied twice it gives the weight back.
+
+    Transposed convolutions keep ``[in, out / groups, ...]``; all other layers have their output channels first.
+    """
+    if not (op_of(module) or "").startswith("conv_transpose"):
+        return weight
+    by_group = weight.unflatten(0, (int(module.groups), -1))  # type: ignore[no-untyped-call, arg-type]
+    return by_group.transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
 
 
 class ModelView:
@@ -71,7 +83,22 @@ class ModelView:
                 "the model has no quantizable layer (Conv, ConvTranspose, Linear, Embedding or "
                 f"MultiheadAttention with plain weights); it holds {', '.join(kinds[:8])}"
             )
+        for name in self.layers:
+            if not torch.isfinite(self.weight(name)).all():
+                raise GraphError(f"the weight of layer {name!r} holds NaN or infinity")
         self.device = next(p.device for p in self.module.parameters())
+
+    def read(self, raw: Any) -> Batch:
+        """A `Batch` of what a data iterable yields.
+
+        Raises:
+            DataError: If it does not fit the model.
+        """
+        if self._forward is None:
+            return make_batch(raw, self.module)
+        with torch.no_grad():  # only the output tells how many samples a batch of any kind holds
+            outputs = [t for t in tensors_in(self(Batch((raw,), {}, 1, None, raw))) if t.dim()]
+        return Batch((raw,), {}, len(outputs[0]) if outputs else 1, labels_of(raw), raw)
 
     def weight(self, name: str) -> Tensor:
         """The float weight of a layer."""
@@ -90,7 +117,7 @@ class ModelView:
             if self._forward is not None:
                 return self._forward(self.module, batch.raw)
             return self.module(*batch.args, **batch.kwargs)
-        except DataError:
+        except MpqError:
             raise
         except Exception as error:
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch.tensors())
@@ -102,15 +129,17 @@ class ModelView:
 
     @contextmanager
     def swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Run with other weights in some layers."""
-        originals = {name: own_weight(self.layers[name]) for name in weights}
+        """Run with other weights in some layers; layers that share a weight change together."""
+        originals = {name: own_weight(module) for name, module in self.layers.items()}
+        changed = {id(originals[name]): weight for name, weight in weights.items()}
+        touched = [name for name, original in originals.items() if id(original) in changed]
         try:
-            for name, weight in weights.items():
-                self.layers[name]._parameters["weight"] = weight  # type: ignore[assignment]
+            for name in touched:
+                self.layers[name]._parameters["weight"] = changed[id(originals[name])]  # type: ignore[assignment]
             yield
         finally:
-            for name, original in originals.items():
-                self.layers[name]._parameters["weight"] = original
+            for name in touched:
+                self.layers[name]._parameters["weight"] = originals[name]
 
     @contextmanager
     def hooked(self, hooks: list[Any]) -> Iterator[None]:
@@ -122,28 +151,50 @@ class ModelView:
                 handle.remove()
 
 
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy with explicit attentions.
+
+    Raises:
+        GraphError: If a part of the model can't be copied.
+    """
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise GraphError("the model has lazy layers without weights yet; run it on one batch first")
+    try:
+        return expand_attention(copy.deepcopy(model, memo))
+    except Exception as error:
+        raise GraphError(
+            f"the model can't be copied ({type(error).__name__}: {error}). Pruning and old-style weight_norm keep "
+            "computed weights: make them permanent first (torch.nn.utils.prune.remove, remove_weight_norm)"
+        ) from error
+
+
 def share_weights(model: nn.Module) -> nn.Module:
     """A copy of the module tree in evaluation mode that shares the parameters' storage.
 
     Raises:
         GraphError: If a part of the model can't be copied.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise GraphError(f"the model can't be copied ({type(error).__name__}: {error})") from error
-    copied = expand_attention(copied).eval()
+    # Autograd refuses tensors made in inference mode, so those are copied.
+    values = {id(p): p.detach().clone() if p.is_inference() else p.detach() for p in model.parameters()}
+    copied = copy_model(model, {key: nn.Parameter(v, requires_grad=False) for key, v in values.items()}).eval()
     for module in copied.modules():
         if isinstance(getattr(module, "inplace", None), bool):
             module.inplace = False  # type: ignore[assignment]
+        if getattr(module, "max_norm", None) is not None and own_weight(module) is not None:
+            module.weight.data = module.weight.data.clone()  # type: ignore[operator]  # renormalized in use
     return copied
 
 
 @contextmanager
 def preserved_state(seed: int) -> Iterator[None]:
-    """Own random state (seeded), own grad mode: neither what runs inside nor the caller's mode leaks."""
-    # Without a list of devices, fork_rng keeps the state of every accelerator in use as well.
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+    """Own random state (seeded), grad mode and precision: neither what runs inside nor the caller's modes leak."""
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    with (
+        torch.random.fork_rng(),  # of the CPU and of every accelerator in use
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast(accelerator, enabled=False),
+    ):
         torch.manual_seed(seed)
         yield

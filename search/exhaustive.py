@@ -54,4 +54,4 @@ class Exhaustive:
             raise MpqError(f"{S}**{G} picks are too many for exhaustive search (at most {self.max_picks:,})")
         for first in range(0, total, _CHUNK):
             index = np.arange(first, min(total, first + _CHUNK))
-            yield np.stack(np.unravel_index(index, (S,) * G), 1)
+            yield np.stack(np.unravel_index(index, (S,) * G), 1) if G else np.zeros((1, 0), np.int64)

@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 import pulp
 
-from mpq.problem import Problem, Solution, Status, infeasible, solved
+from mpq.problem import Floats, Ints, Problem, Solution, Status, infeasible, solved
 
+# HiGHS works with absolute tolerances, here on numbers scaled to about one.
 _FEASIBILITY = 1e-9
+_SCALE_SLACK = 10.0
+_MAX_CUTS = 100
 
 
 @dataclass(frozen=True)
 class Ilp:
     """Exact solver for any number of constraints and rows.
 
-    HiGHS accepts rows violated by its tolerance; a pick that really violates a limit is cut off by
-    tightening that limit and solving again.
+    Two things make the answer of a floating-point solver trustworthy. A pick that violates a limit by HiGHS's tolerance
+    is cut off and the model solved again. And losses of one problem span many orders of magnitude, while HiGHS's
+    tolerances are absolute: after each solution, schemes that alone cost more than the whole pick are dropped and the
+    losses scaled to it, until the scale fits. `OPTIMAL` holds within about 1e-6 of the objective.
 
     Attributes:
         time_limit: Seconds; after that the best pick found is returned as `FEASIBLE` with its bound.
@@ -32,48 +37,73 @@ class Ilp:
     def solve(self, problem: Problem) -> Solution:
         """Solve a problem."""
         started = time.perf_counter()
-        # HiGHS has absolute tolerances, so losses and rows are scaled to about one.
-        loss_scale = float(np.abs(problem.loss[problem.allowed]).max()) or 1.0
-        tighten = 0.0
-        for _ in range(4):
-            remaining = max(0.1, self.time_limit - (time.perf_counter() - started))
-            model, choose = _build(problem, loss_scale, tighten)
-            solver = pulp.HiGHS(
-                msg=False,
-                timeLimit=remaining,
-                gapRel=0.0,
-                gapAbs=0.0,
-                threads=1,
-                random_seed=self.seed,
-                mip_feasibility_tolerance=_FEASIBILITY,
-                primal_feasibility_tolerance=_FEASIBILITY,
-            )
-            model.solve(solver)
+        if not len(problem.loss):
+            return solved(problem, [], 0.0, 0.0, "ilp", proven=True)
+        least = problem.loss.min(1, keepdims=True)
+        excess = problem.loss - least
+        scale = float(excess[problem.allowed].max()) or 1.0
+        best, bound, cuts = None, float(least.sum()), list[Ints]()
+        while True:
+            remaining = self.time_limit - (time.perf_counter() - started)
+            keep = problem.allowed & (excess <= scale * (1 + 1e-9))
+            status, pick, low = self._run(problem, excess, keep, scale, cuts, max(0.1, remaining))
             seconds = time.perf_counter() - started
-            if model.sol_status == pulp.LpSolutionInfeasible:
-                return infeasible(problem, seconds, "ilp")
-            if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-                message = f"no pick found within {self.time_limit:g} s; raise the time limit"
-                return Solution(Status.NO_SOLUTION, None, np.inf, -np.inf, {}, seconds, "ilp", {}, message)
-            pick = np.array([max(row, key=lambda s: row[s].value() or 0.0) for row in choose])
-            if problem.feasible(pick):
-                # PuLP's `status` says Optimal at a time limit; `sol_status` does not.
-                proven = model.sol_status == pulp.LpSolutionOptimal and tighten == 0.0
-                bound = float(model.solverModel.getInfo().mip_dual_bound) * loss_scale
-                return solved(problem, pick, bound, seconds, "ilp", proven=proven)
-            tighten = max(2 * tighten, 2 * _FEASIBILITY)
-        message = "HiGHS found only picks that violate a limit by its tolerance; loosen the limit slightly"
+            if pick is None:
+                if best is not None:
+                    return solved(problem, best, bound, seconds, "ilp")
+                if status == pulp.LpSolutionInfeasible and not cuts:
+                    return infeasible(problem, seconds, "ilp")
+                return self._nothing(seconds, status)
+            if not problem.feasible(pick):
+                cuts.append(pick)
+                if len(cuts) > _MAX_CUTS or remaining <= 0:
+                    return (
+                        self._nothing(seconds, status) if best is None else solved(problem, best, bound, seconds, "ilp")
+                    )
+                continue
+            bound = max(bound, float(least.sum()) + low * scale)
+            if best is None or problem.objective(pick) <= problem.objective(best):
+                best = pick
+            spent = float(excess[np.arange(len(pick)), best].sum())
+            optimal = status == pulp.LpSolutionOptimal
+            if not optimal or scale <= _SCALE_SLACK * spent or spent == 0:
+                return solved(problem, best, bound, seconds, "ilp", proven=optimal)
+            scale = spent
+
+    def _run(
+        self, problem: Problem, excess: Floats, keep: Any, scale: float, cuts: list[Ints], seconds: float
+    ) -> tuple[int, Ints | None, float]:
+        """PuLP's solution status, the pick if any, and the lower bound of the scaled excess loss."""
+        model, choose = _build(problem, excess / scale, keep, cuts)
+        options = {
+            "mip_feasibility_tolerance": _FEASIBILITY,
+            "primal_feasibility_tolerance": _FEASIBILITY,
+            "dual_feasibility_tolerance": _FEASIBILITY,
+            "random_seed": self.seed,
+        }
+        model.solve(pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, **options))
+        # PuLP's `status` says Optimal at a time limit; `sol_status` does not.
+        if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+            return model.sol_status, None, 0.0
+        pick = np.array([max(row, key=lambda s: row[s].value() or 0.0) for row in choose])
+        return model.sol_status, pick, float(model.solverModel.getInfo().mip_dual_bound)
+
+    def _nothing(self, seconds: float, status: int) -> Solution:
+        if status == pulp.LpSolutionNoSolutionFound:
+            message = f"no pick found within {self.time_limit:g} s; raise the time limit"
+        else:
+            message = "HiGHS finds only picks that violate a limit by its tolerance; loosen the limit slightly"
         return Solution(Status.NO_SOLUTION, None, np.inf, -np.inf, {}, seconds, "ilp", {}, message)
 
 
-def _build(problem: Problem, loss_scale: float, tighten: float) -> tuple[Any, list[dict[int, Any]]]:
-    """The PuLP model and its binary variables, one dict of allowed schemes per group."""
+def _build(problem: Problem, loss: Floats, keep: Any, cuts: list[Ints]) -> tuple[Any, list[dict[int, Any]]]:
+    """The PuLP model and its binary variables, one dict of kept schemes per group."""
     model = pulp.LpProblem("mpq", pulp.LpMinimize)
     choose = [
-        {int(s): model.add_variable(f"x_{g}_{s}", cat="Binary") for s in np.flatnonzero(allowed)}
-        for g, allowed in enumerate(problem.allowed)
+        {int(s): model.add_variable(f"x_{g}_{s}", cat="Binary") for s in np.flatnonzero(kept)}
+        for g, kept in enumerate(keep)
     ]
-    model += pulp.lpSum(problem.loss[g, s] / loss_scale * x for g, row in enumerate(choose) for s, x in row.items())
+    model += pulp.lpSum(loss[g, s] * x for g, row in enumerate(choose) for s, x in row.items())
     for row in choose:
         model += pulp.lpSum(row.values()) == 1
     for c in problem.constraints:
@@ -82,5 +112,8 @@ def _build(problem: Problem, loss_scale: float, tighten: float) -> tuple[Any, li
                 continue
             scale = max(abs(limit), float(np.abs(c.cost[..., r]).max())) or 1.0
             total = pulp.lpSum(c.cost[g, s, r] / scale * x for g, row in enumerate(choose) for s, x in row.items())
-            model += total <= limit / scale - tighten
+            model += total <= limit / scale
+    for pick in cuts:
+        if all(int(s) in row for s, row in zip(pick, choose, strict=True)):
+            model += pulp.lpSum(row[int(s)] for s, row in zip(pick, choose, strict=True)) <= len(pick) - 1
     return model, choose

@@ -77,17 +77,19 @@ def extend_frontier(
     return cost[index], loss[index], regret[index], parent, choice
 
 
-def exact_frontier(loss: Floats, cost: Floats, max_states: int = 200_000) -> FrontierPicks | None:
+def exact_frontier(loss: Floats, cost: Floats, max_states: int | None = None) -> FrontierPicks | None:
     """All picks that no other dominates, by dominance-pruned dynamic programming.
 
     Args:
         loss: ``[G, S]``, infinite where not allowed.
         cost: ``[G, S]``, finite.
-        max_states: Give up above this many states.
+        max_states: Give up above this many states; by default 200,000, fewer with over 100 groups (memory).
 
     Returns:
         The frontier, or None if it has too many states.
     """
+    if max_states is None:
+        max_states = min(200_000, 20_000_000 // max(1, len(loss)))
     costs, losses = np.zeros(1), np.zeros(1)
     history: list[tuple[Ints, Ints]] = []
     for g in range(len(loss)):

@@ -11,12 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
-from mpq.errors import DataError
+from mpq.errors import DataError, GraphError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
+from mpq.sensitivity.rows import check_reached
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.view import ModelView
@@ -63,6 +64,7 @@ def hessian_trace(
 
     Raises:
         DataError: If a trace is NaN or infinite, naming the layer.
+        GraphError: If no gradient reaches a layer that matters.
     """
     generator = torch.Generator().manual_seed(seed)
     by_storage = {x.storage: x for x in space.layers}
@@ -145,8 +147,13 @@ def block_forms(
     # Fused attention kernels have no second derivative.
     with view.swapped(dict(zip(names, weights, strict=True))), sdpa_kernel(SDPBackend.MATH):
         mean = loss.value(view(batch), reference, batch).mean()
-        gradients = torch.autograd.grad(mean, weights, create_graph=True, materialize_grads=True)
+        if not mean.requires_grad:
+            raise GraphError("no gradient reaches the model's output: its forward runs under torch.no_grad()")
+        gradients = torch.autograd.grad(mean, weights, create_graph=True, allow_unused=True)
+        unreached = [name for name, g in zip(names, gradients, strict=True) if g is None]
+        known = [torch.zeros_like(w) * w if g is None else g for w, g in zip(weights, gradients, strict=True)]
         for probe in probes:
             vectors = probe(weights)
-            products = torch.autograd.grad(gradients, weights, vectors, retain_graph=True, materialize_grads=True)
+            products = torch.autograd.grad(known, weights, vectors, retain_graph=True, materialize_grads=True)
             yield torch.stack([(v * p).double().sum().cpu() for v, p in zip(vectors, products, strict=True)])
+    check_reached(view, unreached, batch)

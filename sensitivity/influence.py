@@ -1,6 +1,6 @@
 """Influence: how the real quantization error of each layer moves the loss of each sample.
 
-One forward and one backward pass per batch. At every layer the output error of every scheme,
+One forward pass per batch and one backward pass per probe. At every layer the output error of every scheme,
 ``d = Q(layer)(x) - layer(x)``, is projected on the gradient of a loss probe (`mpq.losses.OutputLoss.probe`):
 ``s[n, layer, scheme] = <u_n^T dz_n/dy, d_n>``. With ``E[u u^T] = H``, half the mean of ``s**2`` is the Gauss-Newton
 form ``0.5 d^T J^T H J d`` of the loss: the second-order rise of the loss for this very perturbation (Schraudolph,
@@ -10,20 +10,22 @@ pairwise interactions come with the same passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq.bank import QuantizerBank, layer_scheme
+from mpq.bank import Inputs, QuantizerBank, layer_scheme
 from mpq.calibration import Batch, Calibration
-from mpq.errors import DataError
+from mpq.errors import DataError, GraphError, MpqError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
+from mpq.sensitivity.rows import Layouts, check_reached, find_layouts
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.trees import map_tensors, tensors_in
@@ -56,57 +58,75 @@ def influence(
         progress: Show a bar.
 
     Returns:
-        A table whose loss is in the unit of ``loss``, standard errors over samples, and the interaction factor.
+        A table whose loss is in the unit of ``loss``, standard errors over samples, and the interaction factor. A layer
+        whose output belongs to the whole batch (position embeddings, routed tokens) has standard errors over batches,
+        and its interactions are shrunk towards zero.
 
     Raises:
         DataError: If a gradient or an error is NaN or infinite, naming the layer.
+        GraphError: If no gradient reaches a layer that matters.
+        MpqError: If ``exact`` or a loss without a value per sample meets a layer that mixes samples.
     """
     generator = torch.Generator().manual_seed(seed)
-    passes = 0.0
-    per_batch: list[Tensor] = []
+    largest = max(data.batches, key=lambda b: b.size)
+    layouts = find_layouts(view, [x.name for x in space.layers], largest) if largest.size > 1 else {}
+    passes = 2 * largest.size / data.num_samples
+    effects: list[Tensor] = []
+    mixed: set[str] = set()
+    unreached = {x.name for x in space.layers}
     for batch in progress_bar(data.batches, "influence", progress):
-        collector = _Collector(view, space, bank, batch.size)
+        collector = _Collector(view, space, bank, batch.size, layouts)
         output = collector.forward(batch)
-        probes = loss.all_probes(output, batch) if exact else _draws(loss, output, batch, draws, generator)
-        gradients = collector.backward(probes)
-        per_batch.append(collector.project(gradients) * (1.0 if exact else draws**-0.5))
+        if not any(t.requires_grad for t in tensors_in(output)):
+            raise GraphError("no gradient reaches the model's output: its forward runs under torch.no_grad()")
+        drawn = (loss.probe(output, batch, generator) for _ in range(draws))
+        gradients = collector.backward(loss.all_probes(output, batch) if exact else drawn)
+        effects.append(collector.project(gradients) * (1.0 if exact else draws**-0.5))
+        unreached -= collector.reached
+        mixed |= collector.mixed
+        if collector.mixed and (exact or not loss.by_sample(output, batch)):
+            what = "exact=True" if exact else "a loss that returns one mean for the batch"
+            raise MpqError(
+                f"layer {min(collector.mixed)!r} mixes the samples of a batch, which {what} can't tell apart; "
+                + ("use random draws" if exact else "return one loss per sample, or use batches of one sample")
+            )
         # A backward pass counts as two forward passes; each layer runs once per scheme and once in float.
         passes += batch.size / data.num_samples * (1 + 2 * len(gradients) + len(space.schemes) + 1)
-    return _table(space, data.num_samples, per_batch, passes, draws, exact, loss.name)
-
-
-def _draws(loss: OutputLoss, output: Any, batch: Batch, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(draws):
-        yield loss.probe(output, batch, generator)
-
-
-def _table(
-    space: SearchSpace,
-    samples: int,
-    per_batch: list[Tensor],
-    passes: float,
-    draws: int,
-    exact: bool,
-    loss: str,
-) -> SensitivityTable:
-    """Join the effects ``[rows, draws, layers, schemes]`` of all batches; layers become groups."""
-    column = {layer.name: i for i, layer in enumerate(space.layers)}
-    members = [[column[x.name] for x in g.layers] for g in space.groups]
-    effects = [torch.stack([rows[:, :, m].sum(2) for m in members], 2).numpy() for rows in per_batch]
-    # Each row's share of the mean loss: half its squared effects, summed over draws [R, G, S].
-    shares: Floats = np.concatenate([0.5 * np.square(e).sum(1) for e in effects])
-    factor = np.concatenate([e.reshape(-1, *e.shape[2:]) for e in effects]) / samples**0.5
-    rows = len(shares)
-    stderr = shares.std(0, ddof=1) * rows**0.5 / samples if rows > 1 else np.full(shares.shape[1:], np.nan)
+    if unreached:
+        check_reached(view, sorted(unreached), data.batches[0])
     provenance = {
         "estimator": "influence",
         "draws": "exact" if exact else draws,
-        "loss": loss,
-        "rows": rows,
+        "loss": loss.name,
+        "mixed_layers": sorted(mixed),
         "forward_passes": round(passes, 2),
     }
+    return _table(space, effects, mixed, provenance)
+
+
+def _table(space: SearchSpace, effects: list[Tensor], mixed: set[str], provenance: dict[str, Any]) -> SensitivityTable:
+    """Join the effects ``[samples, draws, layers, schemes]`` of all batches; layers become groups."""
+    column = {layer.name: i for i, layer in enumerate(space.layers)}
+    members = [[column[x.name] for x in g.layers] for g in space.groups]
+    grouped = [torch.stack([rows[:, :, m].sum(2) for m in members], 2).numpy() for rows in effects]
+    # Each sample's share of the mean loss: half its squared effects, summed over draws [N, G, S].
+    shares: Floats = np.concatenate([0.5 * np.square(e).sum(1) for e in grouped])
+    samples = len(shares)
+    stderr = _standard_error(shares)
+    over_batches = [g for g, group in enumerate(space.groups) if mixed & {x.name for x in group.layers}]
+    if over_batches:
+        means = np.stack([0.5 * np.square(e[:, :, over_batches]).sum((0, 1)) * len(grouped) for e in grouped]) / samples
+        stderr[over_batches] = _standard_error(means)
+    factor = np.concatenate([e.reshape(-1, *e.shape[2:]) for e in grouped]) / samples**0.5
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
-    return SensitivityTable(*names, shares.sum(0) / samples, stderr, factor, provenance)
+    return SensitivityTable(*names, shares.mean(0), stderr, factor, provenance)
+
+
+def _standard_error(values: Floats) -> Floats:
+    """Standard error of the mean over the first axis; NaN for a single row."""
+    rows = len(values)
+    result: Floats = values.std(0, ddof=1) / rows**0.5 if rows > 1 else np.full(values.shape[1:], np.nan)
+    return result
 
 
 class _Collector:
@@ -117,11 +137,21 @@ class _Collector:
         space: Groups and schemes.
         bank: Quantized layers.
         batch_size: Samples of the batch.
+        layouts: Where the samples are in each output; not needed for a single sample.
+
+    Attributes:
+        reached: Layers that a gradient reached.
+        mixed: Layers whose output belongs to the whole batch.
     """
 
-    def __init__(self, view: ModelView, space: SearchSpace, bank: QuantizerBank, batch_size: int) -> None:
-        self.view, self.space, self.bank, self.batch_size = view, space, bank, batch_size
-        self._calls: list[tuple[LayerSpec, Any, Any, list[Tensor]]] = []
+    def __init__(
+        self, view: ModelView, space: SearchSpace, bank: QuantizerBank, batch_size: int, layouts: Layouts
+    ) -> None:
+        self.view, self.space, self.bank, self.batch_size, self.layouts = view, space, bank, batch_size, layouts
+        self.reached: set[str] = set()
+        self.mixed: set[str] = set()
+        self._calls: list[tuple[LayerSpec, int, Inputs, list[Tensor]]] = []
+        self._count: Counter[str] = Counter()
 
     def forward(self, batch: Batch) -> Any:
         """Run the model with hooks; outputs of all layers require gradients."""
@@ -133,66 +163,73 @@ class _Collector:
 
     def _hook(self, layer: LayerSpec) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
             # Models may overwrite a layer's input or output later on, so both are kept as copies. The first
             # layers see no gradient: their outputs start the record.
-            kept = map_tensors(lambda t: t.detach().clone(), args)
+            inputs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
             outputs = [t if t.requires_grad else t.detach().requires_grad_() for t in tensors_in(output)]
-            self._calls.append((layer, kept, kwargs, outputs))
+            self._calls.append((layer, self._count[layer.name], inputs, outputs))
+            self._count[layer.name] += 1
             copies = iter(t.clone() for t in outputs)
             return map_tensors(lambda t: next(copies), output)
 
         return hook
 
-    def backward(self, probes: Iterator[Tensor]) -> list[list[Tensor]]:
-        """Gradients of each probe at the outputs of all calls."""
+    def backward(self, probes: Iterable[Tensor]) -> list[list[Tensor | None]]:
+        """Gradients of each probe at the outputs of all calls, None where there is none."""
         outputs = [t for *_, tensors in self._calls for t in tensors]
-        return [
-            list(torch.autograd.grad(probe, outputs, retain_graph=True, allow_unused=True, materialize_grads=True))
-            for probe in probes
-        ]
+        return [list(torch.autograd.grad(p, outputs, retain_graph=True, allow_unused=True)) for p in probes]
 
     @torch.no_grad()
-    def project(self, gradients: list[list[Tensor]]) -> Tensor:
-        """Effects ``[rows, draws, layers, schemes]``; rows are samples, or one row if a layer mixed its samples."""
-        by_layer: dict[str, list[Tensor]] = {x.name: [] for x in self.space.layers}
+    def project(self, gradients: list[list[Tensor | None]]) -> Tensor:
+        """Effects ``[samples, draws, layers, schemes]``."""
+        shape = self.batch_size, len(gradients), len(self.space.schemes)
+        effects = {x.name: torch.zeros(shape, dtype=torch.float64) for x in self.space.layers}
         position = 0
-        for layer, args, kwargs, outputs in self._calls:
-            end = position + len(outputs)
-            stacked = [torch.stack([g[i] for g in gradients]) for i in range(position, end)]
-            by_layer[layer.name] += self._call_effects(layer, args, kwargs, stacked)
-            position = end
-        mixed = self.batch_size > 1 and any(len(e) == 1 for parts in by_layer.values() for e in parts)
-        rows = 1 if mixed else self.batch_size
-        nothing = torch.zeros(rows, len(gradients), len(self.space.schemes), dtype=torch.float64)
-        summed = [
-            sum(((e.sum(0, keepdim=True) if mixed else e) for e in parts), nothing) for parts in by_layer.values()
-        ]
-        return torch.stack(summed, 2)
+        for layer, call, inputs, outputs in self._calls:
+            found = [[g[position + i] for g in gradients] for i in range(len(outputs))]
+            position += len(outputs)
+            if any(g is not None for each in found for g in each):
+                self.reached.add(layer.name)
+                stacked = [
+                    torch.stack([torch.zeros_like(t) if g is None else g for g in each])
+                    for t, each in zip(outputs, found, strict=True)
+                ]
+                effects[layer.name] += self._call_effects(layer, call, inputs, stacked)
+        return torch.stack(list(effects.values()), 2)
 
-    def _call_effects(self, layer: LayerSpec, args: Any, kwargs: Any, gradients: list[Tensor]) -> list[Tensor]:
-        """Effects ``[rows, draws, schemes]`` of one call, one entry per output tensor."""
-        exact = tensors_in(self.bank.run(layer, None, args, kwargs))
-        columns: list[list[Tensor]] = [[] for _ in exact]
+    def _call_effects(self, layer: LayerSpec, call: int, inputs: Inputs, gradients: list[Tensor]) -> Tensor:
+        """Effects ``[samples, draws, schemes]`` of one call."""
+        exact = tensors_in(self.bank.run(layer, None, inputs))
+        layouts = [self.layouts.get((layer.name, call, i), "mixed") for i in range(len(exact))]
+        if self.batch_size > 1 and "mixed" in layouts:
+            self.mixed.add(layer.name)
         schemes = [layer_scheme(layer, s) for s in self.space.schemes]
-        inputs = {a: self.bank.inputs(layer, a, args) for a in {s.activation for s in schemes}}
+        rounded_inputs = {a: self.bank.inputs(layer, a, inputs) for a in dict.fromkeys(s.activation for s in schemes)}
+        columns = []
         for scheme in schemes:
-            rounded = tensors_in(self.bank.run(layer, scheme.weight, inputs[scheme.activation], kwargs))
-            for column, g, r, e in zip(columns, gradients, rounded, exact, strict=True):
-                column.append(_inner_products(g, r - e, self.batch_size))
-        effects = [torch.stack(column, -1) for column in columns]
-        if not all(torch.isfinite(e).all() for e in effects):
+            rounded = tensors_in(self.bank.run(layer, scheme.weight, rounded_inputs[scheme.activation]))
+            parts = [
+                _inner_products(g, r - e, self.batch_size, layout)
+                for g, r, e, layout in zip(gradients, rounded, exact, layouts, strict=True)
+            ]
+            columns.append(torch.stack(parts).sum(0))
+        effects = torch.stack(columns, -1)
+        if not torch.isfinite(effects).all():
             raise DataError(f"the influence of layer {layer.name!r} is NaN or infinite; check its inputs and the loss")
         return effects
 
 
-def _inner_products(gradient: Tensor, error: Tensor, batch_size: int) -> Tensor:
-    """Inner products of gradient ``[draws, ...]`` and error ``[...]`` by sample ``[rows, draws]``, in float64.
+def _inner_products(gradient: Tensor, error: Tensor, samples: int, layout: str) -> Tensor:
+    """Inner products of gradient ``[draws, ...]`` and error ``[...]`` by sample ``[samples, draws]``.
 
-    Rows are samples where the first or second axis is the batch, or the first is the batch times something (windows
-    or tokens of one sample in a row); else one row for the whole batch.
+    Where the output belongs to the whole batch, its sum is spread evenly: the squares of the rows add up to the square
+    of the sum, which has the right expectation because the probes of different samples have independent signs.
     """
-    if error.dim() > 1 and len(error) != batch_size and error.shape[1] == batch_size:
+    if layout == "second":
         gradient, error = gradient.transpose(1, 2), error.transpose(0, 1)
-    rows = batch_size if error.dim() and len(error) and len(error) % batch_size == 0 else 1
-    flat = gradient.reshape(len(gradient), rows, -1)
-    return torch.einsum("krd,rd->rk", flat, error.reshape(rows, -1)).double().cpu()
+    rows = 1 if layout == "mixed" else samples
+    products = torch.einsum("krd,rd->rk", gradient.reshape(len(gradient), rows, -1), error.reshape(rows, -1))
+    products = products.double().cpu()
+    return products.expand(samples, -1) / samples**0.5 if rows < samples else products

@@ -232,7 +232,7 @@ def test_accuracy_budget_is_measured(example, analysis):
     cfg = mpq.allocate(
         model, calib[:2], "accuracy_drop<=1%,size<=16%", "W2A8,W3A8,W4A8,W8A8", eval_data=part, progress=False
     )
-    assert cfg.measured.float_accuracy - cfg.measured.accuracy <= 0.01
+    assert cfg.measured.float_accuracy - cfg.measured.accuracy <= 0.01 + 1e-12
     assert mpq.evaluate(mpq.quantize(model, cfg), part, progress=False).accuracy == cfg.measured.accuracy
     assert cfg.size_bytes < 0.14 * cfg.metrics["size"]["float"]
     assert cfg.budgets == ("accuracy_drop<=1%", "size<=16%")

@@ -92,7 +92,9 @@ def test_untraceable_model_falls_back_to_hooks_with_the_same_kind_of_dataflow():
     assert graph.traced_by == "hooks"
     assert set(graph.dataflow.edges) == {("a", "c"), ("b", "c")}
     assert graph["a"].source == graph["b"].source != graph["c"].source
-    assert [o.reason for o in graph.outside if o.name == "unused"] == ["never ran on the first calibration batch"]
+    assert [o.reason for o in graph.outside if o.name == "unused"] == [
+        "not called as a module on the first calibration batch"
+    ]
     joined = make_groups(graph, share_inputs=True)
     assert [[x.name for x in g.layers] for g in joined] == [["a", "b"], ["c"]]
     assert joined[0].reason == "shared input"
@@ -100,13 +102,12 @@ def test_untraceable_model_falls_back_to_hooks_with_the_same_kind_of_dataflow():
 
 def test_fx_and_hooks_agree_on_a_residual_network(example):
     model, calib, _ = example
-    from mpq.calibration import make_batch
     from mpq.trace import _Recorder, trace
     from mpq.view import preserved_state
 
     with preserved_state(0):
         view = ModelView(model)
-        batch = make_batch(calib[0][0][:2], model)
+        batch = view.read(calib[0][0][:2])
         by_fx = trace(view, batch)
         recorder = _Recorder(view)
         recorder.run(batch)

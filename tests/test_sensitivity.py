@@ -35,7 +35,7 @@ class TestHessianTrace(EstimatorContract):
 def prepared(net, data, schemes):
     """View, space, calibration and quantizer bank."""
     view = ModelView(net)
-    calib = Calibration.load(data, net)
+    calib = Calibration.load(data, view.read)
     graph = trace(view, calib.batches[0])
     space = make_space(graph, schemes, device=find_device("generic"))
     bank = QuantizerBank(view, graph)
@@ -62,8 +62,8 @@ def dense_form(view, space, calib, bank, loss, pick):
             def capture(layer, scheme, errors=errors):
                 def hook(module, args, output):
                     with torch.no_grad():
-                        rounded = bank.inputs(layer, scheme.activation, args)
-                        errors[layer.name] = bank.run(layer, scheme.weight, rounded, {}) - output
+                        rounded = bank.inputs(layer, scheme.activation, (args, {}))
+                        errors[layer.name] = bank.run(layer, scheme.weight, rounded) - output
 
                 return hook
 
@@ -109,9 +109,10 @@ def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
     view, space, calib, bank = prepared(net, data, "W2A4,W4A8")
     exact = influence(view, space, calib, bank, KLLoss(), exact=True, progress=False)
     drawn = influence(view, space, calib, bank, KLLoss(), draws=400, seed=1, progress=False)
-    np.testing.assert_allclose(drawn.loss, exact.loss, rtol=0.35)
-    np.testing.assert_allclose(drawn.loss.sum(), exact.loss.sum(), rtol=0.12)
-    assert drawn.provenance["forward_passes"] == 1 + 800 + 3
+    # A probe's square has a relative deviation of at most sqrt(2); 8 samples and 400 draws average it.
+    np.testing.assert_allclose(drawn.loss, exact.loss, rtol=4 * (2 / 400) ** 0.5)
+    one_batch = 0.5 * 2  # the batch axis is found with two passes over one of the two batches
+    assert drawn.provenance["forward_passes"] == one_batch + 1 + 800 + 3
 
 
 def test_probe_has_the_hessian_as_second_moment():
@@ -133,7 +134,7 @@ def test_hutchinson_over_all_signs_equals_the_block_traces(loss):
     net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 2, bias=False)).double()
     x = torch.randn(5, 2, dtype=torch.float64)
     view = ModelView(net)
-    batch = Calibration.load([x], net).batches[0]
+    batch = Calibration.load([x], view.read).batches[0]
     reference = net(x).detach()
 
     def mean_loss(flat):
@@ -206,33 +207,6 @@ def test_repeated_layers_and_in_place_operations_match_a_finite_difference():
     assert table.loss[again, 0] == pytest.approx(expected, rel=1e-3)
 
 
-def test_layers_that_mix_samples_fall_back_to_batch_rows():
-    class Routed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-        def forward(self, x):
-            h = self.embed(x)
-            rows = torch.arange(len(x)) % 2 == 0
-            out = h.clone()
-            out[rows] = self.expert(h[rows])
-            return self.head(out)
-
-    torch.manual_seed(0)
-    net = Routed()
-    data = [torch.randn(5, 4) for _ in range(30)]
-    table = mpq.analyze(net, data, "W2,W8", loss="mse", progress=False).table
-    assert table.provenance["rows"] == 30  # batches, not samples
-    view, space, calib, bank = prepared(net, [torch.cat(data)], "W2,W8")
-    for g, layer in enumerate(space.layers):
-        with torch.no_grad(), view.swapped({layer.name: bank.weight(layer, space.schemes[0].weight)}):
-            moved = view(calib.batches[0])
-        # Routing by position differs between one large batch and many small ones, so only the scale is compared.
-        measured = (moved - net(torch.cat(data))).square().mean().item()
-        assert table.loss[g, 0] == pytest.approx(measured, rel=0.8)
-
-
 def test_embedding_inputs_are_never_quantized():
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
     analysis = mpq.analyze(net, [torch.randint(0, 7, (6, 5))], "W2A8,W4A8", progress=False)
@@ -271,7 +245,7 @@ def test_kl_value_matches_torch_and_ignores_padding():
     torch.testing.assert_close(KLLoss().value(b, a, masked), (expected * mask).sum(1) / mask.sum(1))
 
 
-def test_callable_loss_gives_the_empirical_fisher():
+def test_callable_loss_per_sample_and_mean_agree():
     net, data = tiny_network()
     batches = [(x, torch.randint(0, 3, (4,))) for x in data]
     losses = {

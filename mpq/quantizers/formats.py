@@ -62,6 +62,11 @@ class NumberFormat:
     def __post_init__(self) -> None:
         if self.family == "int" and not 1 <= self.bits <= 16:
             raise FormatError(f"integer formats have 1 to 16 bits, not {self.bits}")
+        if self.family == "float":
+            object.__setattr__(self, "granularity", "tensor")  # floats have no scales to place
+            object.__setattr__(self, "symmetric", True)
+            if (self.bits, self.exponent, self.mantissa) not in _FLOATS.values():
+                raise FormatError(f"no {self.bits}-bit float with these parts; known: {', '.join(_FLOATS)}")
         if self.family not in ("int", "float"):
             raise FormatError(f"unknown number family {self.family!r}; known: int, float")
         if self.granularity not in ("tensor", "channel") and self.group_size is None:

@@ -62,7 +62,7 @@ def plot_frontier(
         label=f"{kind} frontier",
     )
     if uniform:
-        configs = {str(s): front.analysis.uniform(s) for s in front.analysis.space.schemes}
+        configs = {str(s): front.analysis.uniform(s) for s in front.analysis.space.uniform_schemes}
         points = {n: (c.metrics[front.metric]["value"] * factor, c.predicted_loss) for n, c in configs.items()}
         shown = {n: p for n, p in points.items() if p[1] > 0}
         xs, ys = [p[0] for p in shown.values()], [p[1] for p in shown.values()]

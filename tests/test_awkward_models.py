@@ -1,0 +1,450 @@
+"""Models and data that bite: each of these once gave a silent wrong result or an unclear error."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mpq
+from mpq.errors import ConfigError, DataError, GraphError
+from mpq.losses import CallableLoss
+from mpq.quantizers import fake_quantize
+
+
+def losses(net, data, schemes="W2,W4", **options):
+    """Predicted losses ``[G, S]``."""
+    return mpq.analyze(net, data, schemes, progress=False, **options).table.loss
+
+
+class Frozen(nn.Module):
+    """The backbone runs without gradients, as in many fine-tuned models."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head, self.pooler = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = self.backbone(x)
+        self.pooler(features)  # an unused branch: a loss of zero is right for it
+        return self.head(features)
+
+
+@pytest.mark.parametrize("estimator", ["influence", "hessian_trace"])
+def test_layers_that_no_gradient_reaches_are_refused(estimator):
+    with pytest.raises(GraphError, match=r"no gradient reaches layer 'backbone' .* skip=\['backbone'\]"):
+        losses(Frozen(), torch.randn(8, 4), estimator=estimator)
+    table = mpq.analyze(
+        Frozen(), torch.randn(8, 4), "W2,W4", skip=["backbone"], estimator=estimator, progress=False
+    ).table
+    assert table.loss[table.groups.index("pooler")].tolist() == [0, 0]
+    assert table.loss[table.groups.index("head")].min() > 0
+
+
+def test_forward_under_no_grad_is_refused():
+    class Decorated(nn.Linear):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.layer(x)
+
+    with pytest.raises(GraphError, match="its forward runs under"):
+        losses(Net(), torch.randn(8, 4))
+    with pytest.raises(GraphError, match="no gradient reaches"):
+        losses(nn.Sequential(Decorated(4, 3), nn.Linear(3, 3)), torch.randn(8, 4))
+
+
+class Tokens(nn.Module):
+    """Flattens samples and tokens; with as many features as samples the axes look alike."""
+
+    def __init__(self, width, sequence_first=False):
+        super().__init__()
+        self.a, self.b, self.sequence_first = nn.Linear(5, width), nn.Linear(width, width), sequence_first
+
+    def forward(self, x):
+        if self.sequence_first:
+            return self.b(torch.tanh(self.a(x.transpose(0, 1)))).mean(0)
+        tokens = x.reshape(-1, x.shape[-1])
+        return self.b(torch.tanh(self.a(tokens))).view(len(x), -1, self.b.out_features).mean(1)
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_the_batch_axis_is_found_not_guessed(sequence_first):
+    """The same data in batches of other sizes gives the same exact losses."""
+    torch.manual_seed(0)
+    net, x = Tokens(6, sequence_first).double(), torch.randn(12, 6, 5, dtype=torch.float64)
+    exact = {"loss": "mse", "estimator_options": {"exact": True}}
+    tables = [losses(net, list(x.split(size)), **exact) for size in (6, 4, 1)]
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-9)
+    np.testing.assert_allclose(tables[2], tables[0], rtol=1e-9)
+
+
+class Routed(nn.Module):
+    """Every second feature sign goes through the expert: written by routing rows, or with a mask."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.embed, self.expert, self.head, self.masked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3), masked
+
+    def forward(self, x):
+        h = self.embed(x)
+        chosen = x[:, 0] > 0
+        if self.masked:
+            return self.head(torch.where(chosen[:, None], self.expert(h), h))
+        out = h.clone()
+        out[chosen] = self.expert(h[chosen])
+        return self.head(out)
+
+
+def test_routed_layers_keep_their_expected_loss():
+    torch.manual_seed(0)
+    routed = Routed(False).double()
+    masked = Routed(True).double()
+    masked.load_state_dict(routed.state_dict())
+    data = [torch.randn(4, 4, dtype=torch.float64) for _ in range(200)]
+    expected = losses(masked, data, loss="mse", estimator_options={"exact": True})
+    found = mpq.analyze(routed, data, "W2,W4", loss="mse", estimator_options={"draws": 20}, progress=False).table
+    assert found.provenance["mixed_layers"] == ["expert"]
+    assert (np.abs(found.loss - expected) <= 5 * found.stderr + 1e-12).all()
+    np.testing.assert_allclose(found.loss, expected, rtol=0.3)
+
+
+def test_what_can_not_tell_samples_apart_is_refused_for_routed_layers():
+    data = [torch.randn(6, 4) for _ in range(3)]
+    with pytest.raises(mpq.MpqError, match="layer 'expert' mixes the samples of a batch, which exact=True"):
+        losses(Routed(False), data, loss="mse", estimator_options={"exact": True})
+    with pytest.raises(mpq.MpqError, match="return one loss per sample"):
+        losses(Routed(False), data, loss=lambda out, batch: out.square().mean())
+    assert np.isfinite(losses(Routed(False), data, loss=lambda out, batch: out.square().mean(1))).all()
+
+
+def test_position_embeddings_do_not_spoil_the_rows_of_other_layers():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position, self.head = nn.Embedding(9, 4), nn.Embedding(6, 4), nn.Linear(4, 3)
+
+        def forward(self, ids):
+            return self.head(self.token(ids) + self.position(torch.arange(ids.shape[1]))).mean(1)
+
+    torch.manual_seed(0)
+    net, ids = Positions().double(), torch.randint(0, 9, (6, 6))  # as many tokens as samples
+    table = mpq.analyze(net, [ids, ids.flip(0)], "W2,W4", progress=False).table
+    assert table.provenance["mixed_layers"] == ["position"]
+    assert len(table.factor) == 12 * 2  # samples x draws
+
+
+def test_callable_loss_is_the_empirical_fisher_of_autograd():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    x, y = torch.randn(10, 4, dtype=torch.float64), torch.randint(0, 3, (10,))
+    found = losses(net, [(x, y)], loss=lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"))
+    error = fake_quantize(net[0].weight, mpq.NumberFormat.parse("int2")) - net[0].weight
+    slopes = []
+    for i in range(10):
+        (g,) = torch.autograd.grad(F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]), net[0].weight)
+        slopes.append((g * error).sum().item())
+    assert found[0, 0] == pytest.approx(0.5 * np.square(slopes).mean(), rel=1e-9)
+    assert CallableLoss(lambda out, batch: out.mean()).by_sample(torch.ones(2, 3), None) is False
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_hessian_trace_in_absolute_terms(tied):
+    """One weight of one element: every sign vector gives its second derivative exactly, tied uses included."""
+
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+            if tied:
+                self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    net, x = Scalar().double(), torch.randn(16, 1, dtype=torch.float64)
+    options = {
+        "loss": "mse",
+        "estimator": "hessian_trace",
+        "skip": () if tied else ("b",),
+        "schemes": "W2:tensor,W3:tensor",
+    }
+    table = mpq.analyze(net, x, progress=False, **options).table
+    reference = net(x).detach()
+
+    def loss(w):
+        out = torch.tanh(x * w) * (w if tied else net.b.weight.detach())
+        return (out - reference).square().mean()
+
+    w = net.a.weight.detach().clone().squeeze()
+    second = torch.func.hessian(loss)(w).item()
+    for s, name in enumerate(("int2:tensor", "int3:tensor")):
+        error = (fake_quantize(net.a.weight, mpq.NumberFormat.parse(name)) - net.a.weight).item()
+        assert table.loss[0, s] == pytest.approx(0.5 * second * error**2, rel=1e-9)
+
+
+def test_standard_errors_are_the_spread_over_data_sets():
+    """The stated standard error is the standard deviation of the estimate from data set to data set."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    tables = [
+        mpq.analyze(net, torch.randn(64, 4, dtype=torch.float64), "W2", seed=i, progress=False).table for i in range(60)
+    ]
+    spread = np.std([t.loss for t in tables], axis=0, ddof=1)
+    stated = np.mean([t.stderr for t in tables], axis=0)
+    np.testing.assert_allclose(stated, spread, rtol=0.35)  # 60 data sets know a deviation to about 9 %
+
+
+def test_skipping_one_of_two_tied_layers_keeps_both_float():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False))
+    net[2].weight = net[0].weight
+    ids = torch.randint(0, 9, (5, 3))
+    cfg = mpq.allocate(net, [ids], "avg_bits<=4", "W2,W4", skip=["2"], progress=False)
+    assert list(cfg) == ["1"]
+    assert [(o.name, o.parameters) for o in cfg.outside if "skipped" in o.reason] == [("0", 36), ("2", 0)]
+    assert torch.equal(mpq.quantize(net, cfg)[0].weight, net[0].weight)
+    assert cfg.metrics["size"]["float"] == 4 * (36 + 16 + 4)
+
+
+def test_weights_that_are_also_used_functionally_are_left_out():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, ids):
+            hidden = self.mix(self.embed(ids).to(self.mix.weight.dtype))  # reading the dtype is harmless
+            return F.linear(hidden, self.embed.weight)
+
+    graph = mpq.trace_model(Functional(), torch.randint(0, 9, (4, 3)))
+    assert [x.name for x in graph] == ["mix"]
+    assert [o.reason for o in graph.outside if o.name == "embed"] == [
+        "its weight is also used outside the layer, which mpq can't observe"
+    ]
+
+
+def test_models_that_write_to_weights_inputs_or_lists_leave_no_trace():
+    class Writer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4, max_norm=0.5), nn.Linear(4, 3)
+
+        def forward(self, ids, scale):
+            return self.head(self.embed(ids) * scale.mul_(0.5))
+
+    net, ids, scale = Writer(), torch.randint(0, 9, (5,)), torch.ones(5, 4)
+    before = copy.deepcopy(net.state_dict())
+    first = losses(net, [(ids, scale)])
+    assert torch.equal(scale, torch.ones(5, 4))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    np.testing.assert_array_equal(losses(net, [(ids, scale)]), first)
+
+
+def test_grouped_transposed_convolutions_have_a_scale_for_each_output_channel():
+    net = nn.Sequential(nn.ConvTranspose2d(6, 6, 3, groups=3)).eval()
+    with torch.no_grad():
+        net[0].weight[:2] *= 100  # one group much larger: a shared scale would erase the others
+    cfg = mpq.allocate(net, torch.randn(4, 6, 5, 5), "avg_bits<=4", "W4", loss="mse", progress=False)
+    assert cfg.size_bytes == (4 * 108 + 6 * 32) / 8 + 4 * 6
+    rounded = mpq.quantize(net, cfg)[0].weight
+    for group in range(3):
+        for channel in range(2):
+            own = net[0].weight[2 * group : 2 * group + 2, channel]
+            assert torch.equal(
+                rounded[2 * group : 2 * group + 2, channel], fake_quantize(own, mpq.NumberFormat.parse("int4:tensor"))
+            )
+
+
+def test_layers_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.h(input=x)
+
+    torch.manual_seed(0)
+    net, plain, x = Keywords(), nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
+    plain[0].load_state_dict(net.h.state_dict())
+    np.testing.assert_array_equal(losses(net, x, "W4A4"), losses(plain, x, "W4A4"))
+    cfg = mpq.allocate(net, x, "avg_bits<=4", "W4A4", progress=False)
+    twin = mpq.allocate(plain, x, "avg_bits<=4", "W4A4", progress=False)
+    assert torch.equal(mpq.quantize(net, cfg)(x), mpq.quantize(plain, twin)(x))
+
+
+def test_callers_in_inference_mode_no_grad_and_autocast(example):
+    model, calib, _ = example
+    data = [calib[0][0][:8]]
+    expected = losses(model, data)
+    with torch.no_grad():
+        np.testing.assert_array_equal(losses(model, data), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(losses(model, data), expected)
+    with torch.inference_mode():
+        made_here = mpq.bundled.resnet20()
+        np.testing.assert_array_equal(losses(made_here, [data[0] * 1.0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype)
+    x = torch.randn(16, 8, dtype=dtype)
+    cfg = mpq.allocate(net, x, "avg_bits<=5", "W2A8,W4A8,W8A8", progress=False)
+    assert cfg.metrics["size"]["float"] == 2 * sum(p.numel() for p in net.parameters())
+    out = mpq.quantize(net, cfg)(x)
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+
+
+def test_recurrent_layers_count_their_macs():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 32, batch_first=True), nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    graph = mpq.trace_model(Recurrent(), torch.randn(2, 7, 4))
+    assert graph.macs == 32 * 3
+    assert graph.total_macs == 32 * 3 + 7 * 4 * 32 * (4 + 32)
+    assert graph.mac_coverage < 0.01
+    assert [o.reason for o in graph.outside if o.name == "rnn"] == ["LSTM is not quantizable"]
+
+
+def test_one_attention_in_two_places():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.blocks, self.head = nn.ModuleList([attention, attention]), nn.Linear(8, 3)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x, x, x)[0]
+            return self.head(x).mean(1)
+
+    torch.manual_seed(0)
+    net, x = Twice().eval(), torch.randn(6, 4, 8)
+    cfg = mpq.allocate(net, x, "avg_bits<=4", "W4A8", progress=False)
+    graph = mpq.trace_model(net, x)
+    assert graph["blocks.0.in_proj"].calls == 2
+    evaluator = mpq.Evaluator(net, [x], progress=False)
+    copied = mpq.evaluate(mpq.quantize(net, cfg), [x], reference=net, progress=False)
+    assert evaluator.measure(cfg).kl == pytest.approx(copied.kl, rel=1e-6)
+
+
+def test_evaluation_keeps_the_random_state_with_a_shuffling_loader(example):
+    model, _, test = example
+    loader = torch.utils.data.DataLoader(list(zip(*[t[:20] for t in test[0]], strict=True)), batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    mpq.evaluate(model, loader, progress=False)
+    mpq.Evaluator(model, loader, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluator_refuses_configs_of_other_models(example, analysis):
+    cfg = analysis.allocate("avg_bits<=4")
+    other = mpq.bundled.resnet20()
+    with torch.no_grad():
+        other.fc.weight *= 1.01
+    evaluator = mpq.Evaluator(other, example[2][:1], progress=False)
+    with pytest.raises(ConfigError, match="other weights"):
+        evaluator.measure(cfg)
+    assert evaluator.measure(cfg, strict=False).accuracy > 0.8
+    wider = nn.Sequential(nn.Linear(4, 5))
+    small = mpq.allocate(nn.Sequential(nn.Linear(4, 3)), torch.randn(4, 4), "avg_bits<=4", "W4", progress=False)
+    with pytest.raises(ConfigError, match=r"layer '0' has weight \(5, 4\)"):
+        mpq.Evaluator(wider, [torch.randn(4, 4)], progress=False).measure(small)
+
+
+def test_uniform_needs_a_scheme_open_to_every_group(example):
+    analysis = mpq.analyze(example[0], example[1][:1], "W2A8,W4A8", pin={"fc": "W8A8"}, progress=False)
+    with pytest.raises(mpq.MpqError, match="W8A8 is not open to every group; uniform schemes here: W2A8, W4A8"):
+        analysis.uniform("W8A8")
+    assert analysis.uniform("W4A8")["fc"].weight.bits == 8
+    texts = [t.get_text() for t in analysis.pareto().plot().texts]
+    assert texts == ["W2A8", "W4A8"]
+
+
+def test_labels_out_of_range_other_types_and_next_tokens():
+    net = nn.Linear(4, 3)
+    x = torch.randn(6, 4)
+    assert mpq.evaluate(net, [(x, torch.zeros(6, dtype=torch.int32))], progress=False).accuracy is not None
+    with pytest.raises(DataError, match=r"not one of the model's 3 classes \(0 to 2\)"):
+        mpq.evaluate(net, [(x, torch.full((6,), 3))], progress=False)
+
+    class Next(nn.Module):
+        """Predicts that each token is followed by the next number."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(8, 8)
+            self.table.weight.data = 20 * torch.eye(8).roll(1, 1)
+
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=self.table(input_ids))
+
+    ids = torch.arange(6)[None].repeat(3, 1)
+    measured = mpq.evaluate(Next(), [{"input_ids": ids, "labels": ids.clone()}], progress=False)
+    assert measured.accuracy == 1.0
+
+
+def test_batches_of_any_kind_with_forward():
+    net = nn.Linear(4, 3)
+    x = torch.randn(10, 4)
+    opaque = [SimpleNamespace(pixels=x[:6]), SimpleNamespace(pixels=x[6:])]
+    options = {"forward": lambda model, batch: model(batch.pixels)}
+    analysis = mpq.analyze(net, opaque, "W2,W4", progress=False, **options)
+    assert analysis.provenance["samples"] == 10
+    # Without tensors to shorten, rows are told by shapes; the numbers are those of plain batches.
+    np.testing.assert_allclose(analysis.table.loss, losses(net, [x[:6], x[6:]]), rtol=1e-6)
+
+
+def test_clear_errors_for_models_that_are_not_ready():
+    with pytest.raises(GraphError, match="lazy layers without weights yet"):
+        losses(nn.Sequential(nn.LazyLinear(3)), torch.randn(4, 4))
+    pruned = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    nn.utils.prune.random_unstructured(pruned[0], "weight", 0.5)
+    pruned(torch.randn(2, 4))
+    with pytest.raises(GraphError, match=r"prune\.remove"):
+        losses(pruned, torch.randn(4, 4))
+    broken = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    broken[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(GraphError, match="the weight of layer '1' holds NaN"):
+        losses(broken, torch.randn(4, 4))
+
+
+def test_nothing_long_runs_before_the_errors(example):
+    model, calib, test = example
+    calls = []
+
+    def estimator(*args, **options):
+        calls.append(1)
+        raise AssertionError("measured before the budget was checked")
+
+    cases = [
+        ({"budget": "avg_bits<=1"}, "can't be met"),
+        ({"budget": "avg_bits<=4", "solver": "magic"}, "unknown solver"),
+        ({"budget": 4}, "is not a budget"),
+        ({"budget": "accuracy_drop<=1%", "eval_data": [x for x, _ in test[:1]]}, "accuracy can't be measured"),
+    ]
+    for options, match in cases:
+        with pytest.raises(mpq.MpqError, match=match):
+            mpq.allocate(model, calib, schemes="W2,W4", estimator=estimator, progress=False, **options)
+    assert not calls
