@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mpq.analysis import Analysis
@@ -49,7 +51,10 @@ def smallest_within_drop(
 
     def solve(limit: float) -> BitConfig:
         budgets = (*others_without, Budget("size", limit, False, f"size<={limit:.0f}B"))
-        return analysis.config_for((drop, *others), analysis.solve(budgets, solver))
+        config = analysis.config_for((drop, *others), analysis.solve(budgets, solver))
+        # Each step is a proven optimum of its size, but nothing proves that no smaller size would do.
+        record = {**config.solver, "name": "bisection", "status": "feasible", "bound": None, "gap": None}
+        return replace(config, solver=record)
 
     frontier = convex_frontier(analysis.problem().loss, size.cost)
     low, high = (size.metric(frontier.cost[i]) for i in (0, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,15 +23,17 @@ from mpq.cost_models import COST_MODELS, Cost, Device, find_device
 from mpq.errors import BudgetError, MpqError
 from mpq.evaluation import Evaluator
 from mpq.frontier import Frontier
+from mpq.layers import LayerGraph
 from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers.formats import Scheme, parse_schemes
 from mpq.search import Solver
 from mpq.sensitivity import ESTIMATORS, Estimator, SensitivityTable
 from mpq.space import SearchSpace, make_space
 from mpq.trace import trace
-from mpq.view import Forward, ModelView, preserved_state
+from mpq.view import Forward, ModelView, plain, preserved_state
 
 DEFAULT_SCHEMES = "W2A8,W3A8,W4A8,W8A8"
+_EXPECTED_COVERAGE = 0.8
 
 
 def analyze(
@@ -82,7 +85,7 @@ def analyze(
         raise MpqError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     found_device, parsed = find_device(device), parse_schemes(schemes)
-    groups = [list(g) for g in groups]
+    groups = list(groups)
     with preserved_state(seed):
         view = ModelView(model, forward)
         data = Calibration.load(calib, view.read, max_samples)
@@ -92,6 +95,7 @@ def analyze(
         resolved = resolve_loss(loss, output)
         _check_loss(resolved, output, data)
         graph = trace(view, data.batches[0])
+        _warn_of_low_coverage(graph)
         space = make_space(graph, parsed, pin=pin, skip=skip, groups=groups, device=found_device)
         costs = {k: cost(space) for k, cost in COST_MODELS.items()}
         if budget is not None:
@@ -108,7 +112,7 @@ def analyze(
         ranges = _ranges(space, bank)
     name = estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
     provenance = {
-        "model_hash": model_hash(model),
+        "model_hash": model_hash(plain(model)),
         "data_hash": data.hash,
         "samples": data.num_samples,
         "seed": seed,
@@ -126,7 +130,7 @@ def analyze(
             "groups": [list(g) for g in groups],
         },
         "estimator_options": {k: repr(v) for k, v in (estimator_options or {}).items()},
-        "model_class": type(model).__name__,
+        "model_class": type(plain(model)).__name__,
         "coverage": {"parameters": graph.parameter_coverage, "macs": graph.mac_coverage},
         "versions": _versions(),
     }
@@ -151,7 +155,7 @@ def allocate(
         calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
         budget: One or several: ``"size<=25%"`` (of the float model), ``"size<=300KB"``, ``"avg_bits<=4"``,
             ``"stored_bits<=4.5"``, ``"bitops<=2G"``; or ``"accuracy_drop<=0.5%"`` (percentage points, measured on
-            ``eval_data``): then the smallest config that keeps within it.
+            ``eval_data``): then the smallest config within it that bisection over sizes finds.
         schemes: What each layer may have.
         solver: ``auto``, a name in `mpq.search.SOLVERS`, or a solver.
         eval_data: Labelled batches; if given, the result is measured on them.
@@ -176,7 +180,7 @@ def allocate(
         )
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
     if drop is not None and eval_data is None:
-        raise BudgetError(f"{drop.text} must be measured: pass eval_data=labelled batches")
+        raise BudgetError(f"{drop.text} must be measured: pass eval_data=labelled batches (--eval on the command line)")
     if solver != "auto":
         solver = find_solver(solver)
     progress = bool(options.get("progress", True))
@@ -227,6 +231,18 @@ def _check_reachable(space: SearchSpace, costs: dict[str, Cost], budgets: tuple[
     nothing = np.zeros(space.allowed.shape)
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
     Analysis(space, SensitivityTable(*names, nothing, nothing), costs, {}, {}).solve(budgets)
+
+
+def _warn_of_low_coverage(graph: LayerGraph) -> None:
+    """Say so where budgets can move only part of the network."""
+    if graph.parameter_coverage < _EXPECTED_COVERAGE:
+        largest = sorted(graph.outside, key=lambda o: -o.parameters)[:3]
+        names = "; ".join(f"{o.name} ({o.parameters:,} parameters): {o.reason}" for o in largest)
+        warnings.warn(
+            f"only {graph.parameter_coverage:.0%} of the parameters are in layers that mpq can search. The largest "
+            f"outside: {names}",
+            stacklevel=3,
+        )
 
 
 def _check_loss(loss: OutputLoss, output: Any, data: Calibration) -> None:

@@ -19,6 +19,7 @@ from mpq.problem import Ints, Problem, Solution, Status
 from mpq.quantizers.formats import Scheme
 from mpq.search import SOLVERS, Solver, auto_solver
 from mpq.space import SearchSpace
+from mpq.units import si
 
 if TYPE_CHECKING:
     from mpq.frontier import Frontier
@@ -259,5 +260,5 @@ def _show(cost: Cost, value: float) -> str:
     """A metric for people, with its share of the float model."""
     if cost.unit == "bits":
         return f"{value:.3g} bits"
-    scaled = f"{value / 1e3:,.1f} kB" if cost.unit == "bytes" else f"{value / 1e9:,.4g} G"
+    scaled = si(value, {"bytes": "B", "bit operations": "BitOps"}.get(cost.unit, cost.unit))
     return f"{scaled} ({value / cost.reference:.1%})" if cost.reference else scaled

@@ -12,7 +12,7 @@ from mpq.calibration import model_hash
 from mpq.config import BitConfig
 from mpq.errors import ConfigError
 from mpq.quantizers.formats import NumberFormat
-from mpq.view import copy_model, op_of, own_weight
+from mpq.view import copy_model, op_of, own_weight, plain
 
 
 class InputQuantizer(nn.Module):
@@ -51,6 +51,9 @@ def quantize(model: nn.Module, config: BitConfig, *, strict: bool = True) -> nn.
     Raises:
         ConfigError: If the config was made for another model.
     """
+    if not isinstance(config, BitConfig):
+        raise ConfigError(f"quantize takes a BitConfig (mpq.load reads one from a file), not {type(config).__name__}")
+    model = plain(model)
     copied = copy_model(model)
     check_fits(copied, config)
     if strict:

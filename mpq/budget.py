@@ -65,7 +65,8 @@ class Budget:
             raise BudgetError(f"{text!r} is not a budget; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
         metric, _, number, unit = match.groups()
         if metric not in UNITS:
-            raise BudgetError(f"unknown metric {metric!r} in {text!r}; known: {', '.join(UNITS)}")
+            known = "size, avg_bits, stored_bits, bitops, accuracy_drop"
+            raise BudgetError(f"unknown metric {metric!r} in {text!r}; known: {known}")
         if unit not in UNITS[metric]:
             known = ", ".join(u or "(none)" for u in UNITS[metric])
             raise BudgetError(f"unknown unit {unit!r} for {metric} in {text!r}; known: {known}")

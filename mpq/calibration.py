@@ -49,13 +49,12 @@ class Batch:
         """All input tensors."""
         return tensors_in((self.args, dict(self.kwargs)))
 
-    def without_last(self) -> Batch:
-        """The same batch with one sample less."""
-
-        def shorten(t: Tensor) -> Tensor:
-            return t[:-1] if t.dim() and len(t) == self.size else t
-
-        args, kwargs, raw = map_tensors(shorten, (self.args, dict(self.kwargs), self.raw))
+    def without_last(self) -> Batch | None:
+        """The same batch with one sample less; None where its tensors can't be found."""
+        whole = (self.args, dict(self.kwargs), self.raw)
+        if not any(t.dim() and len(t) == self.size for t in tensors_in(whole)):
+            return None
+        args, kwargs, raw = map_tensors(lambda t: t[:-1] if t.dim() and len(t) == self.size else t, whole)
         return Batch(args, kwargs, self.size - 1, None, raw)
 
     def update_hash(self, digest: hashlib._Hash) -> None:
@@ -144,6 +143,8 @@ class Calibration:
         Raises:
             DataError: If there are no samples, or an input holds NaN or infinity.
         """
+        if max_samples is not None and max_samples < 1:
+            raise DataError(f"max_samples must be at least 1, not {max_samples}; None takes all")
         batches: list[Batch] = []
         digest = hashlib.sha256()
         for batch in read_batches(data, read):
@@ -162,6 +163,8 @@ def read_batches(data: Iterable[Any], read: Callable[[Any], Batch]) -> Iterator[
     Raises:
         DataError: If an input holds NaN or infinity.
     """
+    if not isinstance(data, Iterable):
+        raise DataError(f"the data must be an iterable of batches, not {data!r}")
     for i, raw in enumerate([data] if isinstance(data, Tensor | Mapping) else data):
         batch = read(raw)
         if any(t.is_floating_point() and not torch.isfinite(t).all() for t in batch.tensors()):

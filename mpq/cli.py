@@ -25,7 +25,20 @@ app = typer.Typer(
     "Start with [bold]mpq demo[/bold]. Exit codes: 0 done, 1 configs differ (compare --exit-code), "
     "2 bad input or usage, 3 the budget can't be met.",
 )
-console = Console()
+# Not a terminal: wide enough that names are not folded.
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Options of the command itself."""
+    if show_version:
+        from mpq import __version__
+
+        console.print(__version__, highlight=False)
+        raise typer.Exit
 
 
 @app.command()

@@ -18,6 +18,7 @@ import jsonschema
 from mpq.errors import ConfigError, FormatError
 from mpq.layers import Outside
 from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.units import si
 
 SCHEMA_VERSION = "mpq/bitconfig-1"
 
@@ -69,6 +70,7 @@ class Measured:
         loss: Cross-entropy in nats (or the user's loss), None without labels.
         kl: Divergence from the float model in nats, None without reference or classes.
         float_accuracy: Accuracy of the float model on the same samples.
+        mse: Mean squared error to the float model's outputs where those are not classes; None without reference.
     """
 
     samples: int
@@ -76,12 +78,14 @@ class Measured:
     loss: float | None
     kl: float | None
     float_accuracy: float | None = None
+    mse: float | None = None
 
     def __str__(self) -> str:
         parts = [] if self.accuracy is None else [f"accuracy {self.accuracy:.2%}"]
         parts += [] if self.float_accuracy is None else [f"(float {self.float_accuracy:.2%})"]
         parts += [] if self.loss is None else [f"loss {self.loss:.4f}"]
         parts += [] if self.kl is None else [f"KL {self.kl:.5f}"]
+        parts += [] if self.mse is None else [f"squared error {self.mse:.3g}"]
         return f"{' '.join(parts) or 'nothing measurable'} on {self.samples:,} samples"
 
 
@@ -236,9 +240,9 @@ class BitConfig(Mapping[str, LayerChoice]):
         """A few lines: size, bits, predicted and measured loss, certificate."""
         size = self.metrics["size"]
         lines = [
-            f"{len(self)} layers, {size['value'] / 1e3:,.1f} kB ({size['value'] / size['float']:.1%} of float), "
+            f"{len(self)} layers, {si(size['value'], 'B')} ({size['value'] / size['float']:.1%} of float), "
             f"avg {self.avg_bits:.2f} bits (stored {self.stored_bits:.2f})"
-            + (f", {self.metrics['bitops']['value'] / 1e9:,.3f} GBitOps" if "bitops" in self.metrics else ""),
+            + (f", {si(self.metrics['bitops']['value'], 'BitOps')}" if "bitops" in self.metrics else ""),
             f"predicted {self.provenance.get('loss', 'loss')} rise {self.predicted['loss']:.5g}"
             + (f" +- {self.predicted['stderr']:.2g}" if self.predicted["stderr"] is not None else "")
             + (

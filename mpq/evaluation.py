@@ -25,7 +25,7 @@ from mpq.losses import (
 )
 from mpq.progress import progress_bar
 from mpq.trace import trace
-from mpq.view import Forward, ModelView, preserved_state
+from mpq.view import Forward, ModelView, plain, preserved_state
 
 _IGNORED_LABEL = -100  # PyTorch's and Hugging Face's convention
 
@@ -40,13 +40,15 @@ class _Totals:
     cross_entropy: float = 0.0
     user_loss: float | None = None
     kl: float | None = None
+    mse: float | None = None
 
     def result(self) -> Measured:
         labelled = self.predictions > 0
         mean = self.cross_entropy / self.predictions if labelled else None
         loss = mean if self.user_loss is None else self.user_loss / self.samples
-        kl = None if self.kl is None else self.kl / self.samples
-        return Measured(self.samples, self.correct / self.predictions if labelled else None, loss, kl)
+        kl, mse = (None if total is None else total / self.samples for total in (self.kl, self.mse))
+        accuracy = self.correct / self.predictions if labelled else None
+        return Measured(self.samples, accuracy, loss, kl, mse=mse)
 
 
 def _add(totals: _Totals, output: Any, batch: Batch, reference: Any, loss: CallableLoss | None) -> None:
@@ -55,9 +57,13 @@ def _add(totals: _Totals, output: Any, batch: Batch, reference: Any, loss: Calla
     _count(totals, output, batch)
     if loss is not None:
         totals.user_loss = (totals.user_loss or 0.0) + float(loss.value(output, None, batch).double().sum())
-    divergence = None if reference is None else resolve_loss("auto", reference)
-    if isinstance(divergence, KLLoss):
-        totals.kl = (totals.kl or 0.0) + float(divergence.value(output, reference, batch).double().sum())
+    if reference is not None:
+        divergence = resolve_loss("auto", reference)
+        total = float(divergence.value(output, reference, batch).double().sum())
+        if isinstance(divergence, KLLoss):
+            totals.kl = (totals.kl or 0.0) + total
+        else:
+            totals.mse = (totals.mse or 0.0) + total
 
 
 def _count(totals: _Totals, output: Any, batch: Batch) -> None:
@@ -66,6 +72,8 @@ def _count(totals: _Totals, output: Any, batch: Batch) -> None:
     if logits is None or not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
         return
     scores = logits.movedim(1, -1) if logits.dim() > 3 else logits
+    if labels.dim() == scores.dim() and labels.shape[-1] == 1:
+        labels = labels[..., 0]
     if scores.shape[:-1] != labels.shape:
         return
     ids = batch.kwargs.get("input_ids")
@@ -97,7 +105,8 @@ def evaluate(
         data: Batches as for `mpq.allocate`; labels come after the inputs in a tuple, or as ``labels`` in a dict.
         reference: The float model, for the divergence and its accuracy.
         loss: ``(output, batch) -> loss`` in place of the cross-entropy.
-        forward: ``(model, batch) -> output`` where batches are not what ``forward`` takes.
+        forward: ``(model, batch) -> output`` where batches are not what ``forward`` takes; it gets the whole batch,
+            labels included.
         progress: Show a bar.
 
     Returns:
@@ -150,7 +159,7 @@ class Evaluator:
             check_finite_output(output, "on the evaluation data")
             _add(totals, output, batch, None, None)
         self.float_measured = totals.result()
-        self._hash = model_hash(model)
+        self._hash = model_hash(plain(model))
         self._banks: dict[str, QuantizerBank] = {}
 
     def measure(self, config: BitConfig, *, strict: bool = True) -> Measured:

@@ -32,7 +32,12 @@ def locate(spec: str) -> Any:
         if not hasattr(found, part):
             raise MpqError(f"{place} has no {name!r}")
         found = getattr(found, part)
-    return found if isinstance(found, nn.Module) or not callable(found) else found()
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        return found()
+    except Exception as error:
+        raise MpqError(f"{spec} raised {type(error).__name__}: {error}") from error
 
 
 def locate_model(spec: str) -> nn.Module:
@@ -61,6 +66,8 @@ def locate_data(spec: str, batch_size: int = 64) -> Iterable[Any]:
             raise DataError(f"{spec} can't be read as an npz file: {error}") from None
         if "x" not in arrays or len({len(a) for a in arrays.values()}) != 1:
             raise DataError(f"{spec} must hold an array 'x' and perhaps as many labels 'y'")
+        if arrays["x"].dtype == torch.float64:  # NumPy's default; models take float32
+            arrays["x"] = arrays["x"].float()
         parts = [torch.split(arrays[k], batch_size) for k in ("x", "y") if k in arrays]
         return list(parts[0]) if len(parts) == 1 else list(zip(*parts, strict=True))
     found = locate(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,18 +78,27 @@ def make_space(
         GraphError: If a name matches no layer, or the pins of one group differ.
     """
     wanted = parse_schemes(schemes)
+    if pin is not None and not isinstance(pin, Mapping):
+        raise GraphError(f"pin maps layer names to schemes, such as {{'fc': 'W8A8'}}, not {pin!r}")
     pins = {p: s if isinstance(s, Scheme) else Scheme.parse(s) for p, s in (pin or {}).items()}
     for scheme in pins.values():
         if not device.supports(scheme):
             raise FormatError(f"{scheme} has no kernel on {device.name}; it runs {device.kernel_names()}")
     usable = tuple(s for s in wanted if device.supports(s))
+    absent = [str(s) for s in wanted if s not in usable]
+    if usable and absent:
+        left_out = f"left out, without a kernel on {device.name}: {', '.join(absent)}"
+        warnings.warn(f"{left_out}; it runs {device.kernel_names()}", stacklevel=3)
     if not usable:
         names = ", ".join(map(str, wanted))
         raise FormatError(f"none of {names} has a kernel on {device.name}; it runs {device.kernel_names()}")
     skipped_storage = {x.storage for pattern in skip for x in graph.match(pattern)}
     skipped = {x.name for x in graph if x.storage in skipped_storage}  # tied weights stay float together
     pinned = {x.name: s for pattern, s in pins.items() for x in graph.match(pattern)}
-    joined = [[x for pattern in members for x in graph.match(pattern) if x.name not in skipped] for members in groups]
+    joined = [[x for pattern in _patterns(members) for x in graph.match(pattern)] for members in groups]
+    for name in [*pinned, *(x.name for members in joined for x in members)]:
+        if name in skipped:
+            raise GraphError(f"layer {name!r} is skipped, so it can't be pinned or grouped; remove one of the two")
     layers = tuple(x for x in graph if x.name not in skipped)
     if not layers:
         raise GraphError("every layer is skipped; nothing is left to search")
@@ -106,3 +116,9 @@ def make_space(
         for scheme in fixed:
             allowed[g] = [s == scheme for s in columns]
     return SearchSpace(graph, found, columns, allowed, tuple(x for x in graph if x.name in skipped), device)
+
+
+def _patterns(members: Sequence[str]) -> Sequence[str]:
+    if isinstance(members, str):
+        raise GraphError(f"groups is a list of lists of layer names, such as [['q', 'k', 'v']]; {members!r} is no list")
+    return members

@@ -19,7 +19,7 @@ from mpq.calibration import Batch
 from mpq.errors import GraphError
 from mpq.layers import LayerGraph, LayerSpec, Outside
 from mpq.trees import map_tensors, tensors_in
-from mpq.view import ModelView, channels_first, op_of, own_weight, preserved_state
+from mpq.view import Forward, ModelView, channels_first, op_of, own_weight, preserved_state
 
 
 class _Recorder:
@@ -193,9 +193,12 @@ def _outside(view: ModelView, searched: set[str], recorder: _Recorder, batch_siz
 
 
 def _reason(name: str, module: nn.Module, recorder: _Recorder) -> str:
-    if name in recorder.calls:
-        return "its weight is also used outside the layer, which mpq can't observe"
-    if op_of(module) and own_weight(module) is not None:
+    weight = own_weight(module)
+    if op_of(module) and weight is not None and not weight.numel():
+        return "its weight is empty"
+    if weight is not None and id(weight) in recorder.uses.elsewhere:
+        return "its weight is used outside the module's own forward, which mpq can't observe"
+    if op_of(module) and weight is not None:
         return "not called as a module on the first calibration batch"
     if op_of(module):
         return "its weight is computed by a parametrization; remove it before the search"
@@ -229,7 +232,7 @@ def trace(view: ModelView, batch: Batch) -> LayerGraph:
     outside = _outside(view, set(order), recorder, batch.size)
     functional = total - sum(recorder.macs.values())
     if functional > 0:
-        reason = "products outside the layers, such as attention scores, stay float"
+        reason = "products outside the layers (attention scores, weights used elsewhere) stay float"
         outside.append(Outside("(functional)", 0, 0, functional // batch.size, reason))
     return LayerGraph(
         layers,
@@ -267,8 +270,13 @@ def _specs(view: ModelView, order: list[str], recorder: _Recorder, batch_size: i
     return tuple(layers)
 
 
-def trace_model(model: nn.Module, batch: Any) -> LayerGraph:
+def trace_model(model: nn.Module, batch: Any, *, forward: Forward | None = None) -> LayerGraph:
     """The `LayerGraph` of a model for one batch of its inputs (tensor, tuple or dict).
+
+    Args:
+        model: Any module.
+        batch: One batch.
+        forward: ``(model, batch) -> output`` where the batch is not what the model's ``forward`` takes.
 
     Example:
         >>> import torch
@@ -278,5 +286,5 @@ def trace_model(model: nn.Module, batch: Any) -> LayerGraph:
         [('0', 'linear', 32), ('2', 'linear', 16)]
     """
     with preserved_state(seed=0):
-        view = ModelView(model)
+        view = ModelView(model, forward)
         return trace(view, view.read(batch))

@@ -41,6 +41,24 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
+def has_weight(module: nn.Module) -> bool:
+    """Whether the module has a plain weight with something in it."""
+    weight = own_weight(module)
+    return weight is not None and weight.numel() > 0
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile`` wrapped it.
+
+    Raises:
+        GraphError: If it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"the model must be a torch.nn.Module, not {model!r}")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def channels_first(module: nn.Module, weight: Tensor) -> Tensor:
     """A layer's weight with its output channels as first axis; applied twice it gives the weight back.
 
@@ -72,10 +90,10 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
-        self.module = share_weights(model)
+        self.module = share_weights(plain(model))
         self._forward = forward
         self.layers: dict[str, nn.Module] = {
-            name: m for name, m in self.module.named_modules() if op_of(m) and own_weight(m) is not None
+            name: m for name, m in self.module.named_modules() if op_of(m) and has_weight(m)
         }
         if not self.layers:
             kinds = sorted({type(m).__name__ for m in model.modules()})
@@ -121,8 +139,9 @@ class ModelView:
             raise
         except Exception as error:
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch.tensors())
+            labels = " (its labels were not passed on)" if batch.labels is not None else ""
             raise DataError(
-                f"the model can't run a batch of inputs [{shapes}]: {type(error).__name__}: {error}. "
+                f"the model can't run a batch of inputs [{shapes}]{labels}: {type(error).__name__}: {error}. "
                 "Batches may be tensors, (inputs, labels) tuples or dicts of keyword arguments; for anything "
                 "else pass forward=lambda model, batch: ..."
             ) from error
@@ -157,8 +176,6 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     Raises:
         GraphError: If a part of the model can't be copied.
     """
-    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-        raise GraphError("the model has lazy layers without weights yet; run it on one batch first")
     try:
         return expand_attention(copy.deepcopy(model, memo))
     except Exception as error:
@@ -174,6 +191,8 @@ def share_weights(model: nn.Module) -> nn.Module:
     Raises:
         GraphError: If a part of the model can't be copied.
     """
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise GraphError("the model has lazy layers without weights yet; run it on one batch first")
     # Autograd refuses tensors made in inference mode, so those are copied.
     values = {id(p): p.detach().clone() if p.is_inference() else p.detach() for p in model.parameters()}
     copied = copy_model(model, {key: nn.Parameter(v, requires_grad=False) for key, v in values.items()}).eval()

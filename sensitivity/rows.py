@@ -35,8 +35,9 @@ def find_layouts(view: ModelView, names: Iterable[str], batch: Batch) -> Layouts
     """
     names = list(names)
     whole = _outputs(view, names, batch)
+    shorter = batch.without_last()
     try:
-        less = _outputs(view, names, batch.without_last())
+        less = {} if shorter is None else _outputs(view, names, shorter)
     except Exception:  # a model that takes this batch size only: shapes must do
         less = {}
     return {key: _layout(t, less.get(key), batch.size) for key, t in whole.items()}

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,8 +51,8 @@ def test_solvers_agree(analysis, solver):
 def test_unreachable_budget_says_what_is_reachable(analysis):
     with pytest.raises(
         BudgetError,
-        match=r"size<=5% .* is below the smallest reachable 77\.2 kB \(7\.1%\)\. "
-        r"Smallest reachable: size 77\.2 kB.*avg_bits 2",
+        match=r"size<=5% .* is below the smallest reachable 77\.25 kB \(7\.1%\)\. "
+        r"Smallest reachable: size 77\.25 kB.*avg_bits 2",
     ):
         analysis.allocate("size<=5%")
 
@@ -219,6 +222,14 @@ def test_same_seed_same_bytes(example, tmp_path):
     ]
     paths = [c.save(tmp_path / f"{i}.json") for i, c in enumerate(configs)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
+    code = (
+        "import torch, mpq; torch.set_num_threads(2); model, calib, _ = mpq.bundled.load_example(); "
+        "mpq.allocate(model, calib[:2], 'avg_bits<=4', 'W2A8,W4A8,W8A8', seed=5, progress=False)"
+        f".save({str(tmp_path / 'other.json')!r})"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", f"import mpq.bundled; {code}"], check=True, env=environment)
+    assert (tmp_path / "other.json").read_bytes() == paths[0].read_bytes()
     assert configs[0].provenance["seed"] == 5
 
 
@@ -236,6 +247,7 @@ def test_accuracy_budget_is_measured(example, analysis):
     assert mpq.evaluate(mpq.quantize(model, cfg), part, progress=False).accuracy == cfg.measured.accuracy
     assert cfg.size_bytes < 0.14 * cfg.metrics["size"]["float"]
     assert cfg.budgets == ("accuracy_drop<=1%", "size<=16%")
+    assert (cfg.solver["name"], cfg.solver["status"]) == ("bisection", "feasible")
     with pytest.raises(BudgetError, match=r"accuracy_drop<=1% can't be met: .* measures a drop of"):
         mpq.allocate(model, calib[:1], "accuracy_drop<=1%", "W2A8", eval_data=part, progress=False)
     with pytest.raises(DataError, match="accuracy can't be measured"):

@@ -3,6 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import mpq
 from mpq.cli import app, main
 
 runner = CliRunner()
@@ -29,6 +30,10 @@ def test_help_names_every_command():
     for command in ("demo", "allocate", "show", "compare", "devices"):
         assert command in result.output
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_version():
+    assert runner.invoke(app, ["--version"]).output.strip() == mpq.__version__
 
 
 def test_show(saved):
@@ -133,7 +138,7 @@ def test_allocate_from_files(tmp_path):
                 "64",
             ],
             3,
-            "Smallest reachable: size 77.2 kB",
+            "Smallest reachable: size 77.25 kB",
         ),
         (
             [
@@ -148,6 +153,30 @@ def test_allocate_from_files(tmp_path):
             ],
             2,
             "--pin takes layer=scheme",
+        ),
+        (
+            ["allocate", "mpq.bundled:resnet20", "--calib", "absent.npz", "--budget", "size<=25%"],
+            2,
+            "can't be read as an npz",
+        ),
+        (
+            [
+                "allocate",
+                "mpq.bundled:resnet20",
+                "--calib",
+                "mpq.bundled:calibration",
+                "--budget",
+                "size<=25%",
+                "--out",
+                "no/where/bits.json",
+            ],
+            2,
+            "there is no folder",
+        ),
+        (
+            ["allocate", "mpq.bundled:calibration", "--calib", "mpq.bundled:calibration", "--budget", "size<=25%"],
+            2,
+            "is a list, not a torch.nn.Module",
         ),
         (["nonsense"], 2, "No such command"),
     ],

@@ -62,6 +62,13 @@ def changed(cfg, *path, value):
         (("layers", "fc", "activation_range"), None, "needs an activation_range"),
         (("layers", "fc", "activation_range"), [1.0, 2.0], "must hold zero"),
         (("layers", "fc", "extra"), 1, "breaks the schema at layers/fc"),
+        (("layers", "fc", "activation_range"), [float("-inf"), 1.0], "not JSON: -Infinity is not a finite number"),
+        (("layers", "fc", "predicted_loss"), float("nan"), "not JSON: NaN is not a finite number"),
+        (("layers", "fc", "activation"), None, "contradicts"),
+        (("layers", "fc"), ..., "was changed after mpq wrote it"),
+        (("metrics", "size", "value"), -1.0, r"was changed after mpq wrote it .* verify=False"),
+        (("metrics",), {}, "breaks the schema at metrics"),
+        (("checksum",), ..., "breaks the schema at the top level"),
         (("layers", "fc", "macs"), "many", "breaks the schema at layers/fc/macs"),
         (("provenance", "model_hash"), "abc", "breaks the schema at provenance/model_hash"),
         (("solver", "status"), "proven", "breaks the schema at solver/status"),
@@ -79,6 +86,17 @@ def test_files_that_are_no_config(tmp_path, text):
     file = tmp_path / "bad.json"
     file.write_text(text)
     with pytest.raises(ConfigError):
+        mpq.load(file)
+
+
+def test_changed_files_load_on_request_and_layout_does_not_matter(cfg, tmp_path):
+    file = tmp_path / "changed.json"
+    file.write_text(changed(cfg, "metrics", "size", "value", value=1.0))
+    assert mpq.load(file, verify=False).size_bytes == 1.0
+    file.write_text(json.dumps(json.loads(cfg.to_json()), indent=4))
+    assert mpq.load(file) == cfg
+    file.write_text(cfg.to_json().replace('"seed": 0', '"seed": 1e999'))
+    with pytest.raises(ConfigError, match="1e999 is not a finite number"):
         mpq.load(file)
 
 

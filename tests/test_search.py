@@ -91,6 +91,47 @@ def test_ilp_time_limit_is_not_called_optimal():
         assert solution.gap > 0
 
 
+@pytest.mark.parametrize("spread", [3, 8])
+def test_ilp_is_exact_when_losses_span_many_orders_of_magnitude(spread):
+    """HiGHS's tolerances are absolute: without rescaling, small losses would be noise to it."""
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        problem = random_problem(rng, constraints=2)
+        loss = rng.lognormal(0, spread, problem.loss.shape)
+        problem = Problem(np.where(problem.allowed, loss, np.inf), problem.constraints)
+        expected, found = Exhaustive().solve(problem), Ilp().solve(problem)
+        assert found.status is expected.status
+        if found.pick is not None:
+            assert found.objective == pytest.approx(expected.objective, rel=1e-6)
+            assert found.bound <= found.objective
+    rng, bits = np.random.default_rng(18), np.array([2.0, 3, 4, 6, 8])
+    loss = rng.lognormal(0, 3, (40, 1)) * 16.0 ** -(bits - 2) * rng.uniform(0.7, 1.3, (40, 5))
+    cost = np.round(rng.lognormal(8, 1, (40, 1))) * bits
+    problem = Problem(loss, (Constraint("size", "b", cost, cost.max(1).sum() * 0.93),))
+    assert Ilp().solve(problem).objective == pytest.approx(Knapsack().solve(problem).objective, rel=1e-6)
+
+
+def test_ilp_cuts_off_picks_that_only_its_tolerance_allows():
+    cost = np.array([[1 + 1.5e-9, 1.0]])
+    constraints = (Constraint("a", "", cost, 1.0), Constraint("b", "", np.zeros((1, 2)), 1.0))
+    solution = Ilp().solve(Problem(np.array([[0.0, 1.0]]), constraints))
+    assert solution.status is Status.OPTIMAL
+    assert solution.pick.tolist() == [1]
+
+
+@pytest.mark.parametrize("solver", [Knapsack(), Ilp(), Exhaustive()])
+def test_no_groups(solver):
+    solution = solver.solve(Problem(np.zeros((0, 3)), (Constraint("c", "", np.zeros((0, 3)), 1.0),)))
+    assert solution.status is Status.OPTIMAL
+    assert solution.pick.tolist() == []
+
+
+def test_whole_number_costs_have_no_slack():
+    cost = np.array([[3e9 + 3, 3e9]])
+    problem = Problem(np.array([[0.0, 1.0]]), (Constraint("size", "bytes", cost, 3e9),))
+    assert Knapsack().solve(problem).pick.tolist() == [1]
+
+
 def test_zero_limit_and_equal_costs():
     loss = np.array([[3.0, 1.0], [2.0, 5.0]])
     for solver in (Knapsack(), Ilp(), Exhaustive()):

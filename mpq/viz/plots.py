@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7", "#56B4E9"
 _OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
 
+_LOSSES = {"kl": "KL to float (nats)", "mse": "squared error", "callable": "the loss"}
+
 # Unit of a cost -> factor and label of the axis.
 _AXIS = {"bytes": (1e-3, "kB"), "bit operations": (1e-9, "GBitOps")}
 
@@ -72,12 +74,13 @@ def plot_frontier(
     for cfg in mark:
         x, y = cfg.metrics[front.metric]["value"] * factor, cfg.predicted_loss
         ax.scatter([x], [y], marker="*", s=150, color=GREEN, edgecolor="white", zorder=5)
-        ax.margins(x=0.08)
         label = ", ".join(cfg.budgets) or f"{cfg.avg_bits:.2f} bits"
         ax.annotate(label, (x, y), xytext=(-7, -13), textcoords="offset points", color=GREEN, fontsize=9, ha="right")
     ax.set_yscale("log")
     ax.set_xlabel(f"{front.metric} ({unit})")
-    ax.set_ylabel(f"predicted rise of {front.analysis.provenance['loss']}")
+    loss = front.analysis.provenance["loss"]
+    ax.set_ylabel(f"predicted rise of {_LOSSES.get(loss, loss)}")
+    ax.margins(x=0.08)
     _tidy(ax)
     return ax
 

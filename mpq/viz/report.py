@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpq.config import BitConfig
+from mpq.units import si
 from mpq.viz.plots import plot_bits, plot_frontier, plot_measured
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def write_report(
 def _cards(cfg: BitConfig) -> list[tuple[str, str, str]]:
     size = cfg.metrics["size"]
     cards = [
-        ("size", f"{size['value'] / 1e3:,.1f} kB", f"{size['value'] / size['float']:.1%} of float"),
+        ("size", si(size["value"], "B"), f"{size['value'] / size['float']:.1%} of float"),
         ("average bits", f"{cfg.avg_bits:.2f}", f"{cfg.stored_bits:.2f} with scales"),
     ]
     if "bitops" in cfg.metrics:
         ops = cfg.metrics["bitops"]
-        cards.append(("BitOps", f"{ops['value'] / 1e9:,.3f} G", f"{ops['value'] / ops['float']:.1%} of float"))
+        cards.append(("BitOps", si(ops["value"], ""), f"{ops['value'] / ops['float']:.1%} of float"))
     stderr = cfg.predicted["stderr"]
     cards.append(
         (
