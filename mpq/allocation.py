@@ -59,7 +59,8 @@ def analyze(
     """Measure a model once; every budget is then solved from the result without touching the model again.
 
     Args:
-        model: A trained network; its weights, mode, hooks and the random state stay as they are.
+        model: A trained network; its weights, mode, hooks and the random state stay as they are. Its own forward hooks
+            run in every pass, as they do for its user.
         calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
         schemes: What each layer may have, such as ``"W2A8,W4A8,W8A8"``.
         loss: What is protected: ``auto`` (KL to the float model for logits, squared error otherwise), ``kl``,

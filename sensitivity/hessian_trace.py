@@ -23,7 +23,7 @@ from mpq.space import SearchSpace
 from mpq.view import ModelView
 
 # A Hessian-vector product takes about as long as this many forward passes (benchmarks/end_to_end.py).
-_PRODUCT_PASSES = 8
+_PRODUCT_PASSES = 6
 
 # Draws the random signs of one probe, one tensor per weight.
 Probe = Callable[[list[Tensor]], list[Tensor]]
