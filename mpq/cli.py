@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,9 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpq.errors import MpqError, UnreachableError
-
-if TYPE_CHECKING:
-    from mpq.config import BitConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,6 +85,7 @@ def allocate(
     """
     import mpq
     from mpq.locate import locate_data, locate_model
+    from mpq.tables import print_config
 
     pins = dict(_split_pin(p) for p in pin or [])
     for path in (out, report):
@@ -117,6 +115,7 @@ def allocate(
 def show(path: Annotated[Path, typer.Argument(help="A bits.json.")]) -> None:
     """Print a saved config: per-layer table, size, predicted and measured loss."""
     from mpq.config import load
+    from mpq.tables import print_config
 
     print_config(load(path), console)
 
@@ -166,20 +165,6 @@ def _split_pin(text: str) -> tuple[str, str]:
     if not layer:
         raise MpqError(f"--pin takes layer=scheme, such as 'fc=W8A8', not {text!r}")
     return layer, scheme
-
-
-def print_config(config: BitConfig, to: Console) -> None:
-    """The per-layer table and the summary."""
-    table = Table("layer", "scheme", "bits", "parameters", "M MACs", "predicted loss")
-    table.columns[0].overflow = "fold"
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for name, c in config.layers.items():
-        bits = f"{'#' * min(16, c.weight.bits):<8} {c.weight.bits}"
-        loss = f"{c.predicted_loss:.2g}" if c.stderr is None else f"{c.predicted_loss:.2g} +- {c.stderr:.1g}"
-        table.add_row(escape(name), str(c.scheme), bits, f"{c.parameters:,}", f"{c.macs / 1e6:,.2f}", loss)
-    to.print(table)
-    to.print(escape(config.summary()), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

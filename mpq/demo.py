@@ -12,8 +12,8 @@ from rich.table import Table
 
 import mpq
 from mpq.bundled import load_example
-from mpq.cli import print_config
 from mpq.config import BitConfig, Measured
+from mpq.tables import print_config
 from mpq.viz.report import save_overview
 
 _UNIFORM = ("W4A8", "W3A8")

@@ -46,6 +46,11 @@ class LayerSpec:
     element_bits: int = 32
 
 
+def stored_parameters(layers: Iterable[LayerSpec]) -> int:
+    """Weight elements, tied storage counted once."""
+    return sum({layer.storage: layer.parameters for layer in layers}.values())
+
+
 @dataclass(frozen=True)
 class Outside:
     """Something that holds parameters or does multiply-accumulates, but is not searched.
@@ -82,7 +87,7 @@ class LayerGroup:
     @property
     def parameters(self) -> int:
         """Weight elements, tied storage counted once."""
-        return sum({layer.storage: layer.parameters for layer in self.layers}.values())
+        return stored_parameters(self.layers)
 
     @property
     def macs(self) -> int:
@@ -124,7 +129,7 @@ class LayerGraph:
     @property
     def parameters(self) -> int:
         """Weight elements of the layers, tied storage counted once."""
-        return sum({layer.storage: layer.parameters for layer in self.layers}.values())
+        return stored_parameters(self.layers)
 
     @property
     def macs(self) -> int:
