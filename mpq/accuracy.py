@@ -12,7 +12,7 @@ from mpq.config import BitConfig
 from mpq.errors import UnreachableError
 from mpq.evaluation import Evaluator
 from mpq.progress import progress_bar
-from mpq.search import Solver, convex_frontier
+from mpq.search import Solver
 
 _STEPS = 12  # bisection halves the range of sizes: 12 steps reach 1/4096 of it
 
@@ -50,21 +50,22 @@ def smallest_within_drop(
         others_without, cap = others, np.inf
 
     def solve(limit: float) -> BitConfig:
-        budgets = (*others_without, Budget("size", limit, False, f"size<={limit:.0f}B"))
+        budgets = others_without
+        if np.isfinite(limit):
+            budgets = (*budgets, Budget("size", limit, False, f"size<={limit:.0f}B"))
         config = analysis.config_for((drop, *others), analysis.solve(budgets, solver))
         # Each step is a proven optimum of its size, but nothing proves that no smaller size would do.
         record = {**config.solver, "name": "bisection", "status": "feasible", "bound": None, "gap": None}
         return replace(config, solver=record)
 
-    frontier = convex_frontier(analysis.problem().loss, size.cost)
-    low, high = (size.metric(frontier.cost[i]) for i in (0, -1))
-    best = solve(min(cap, high) if np.isfinite(cap) else high)
+    best = solve(cap)
+    low = size.metric(size.cost_floor(analysis.space.allowed))
     measured_drop, measured = evaluator.accuracy_drop(best)
     best = best.with_measured(measured)
     if measured_drop > limit_drop:
         raise UnreachableError(
-            f"{drop.text} can't be met: the config with the least predicted loss measures a drop of "
-            f"{measured_drop:.2%} at {best.size_bytes / 1e3:,.1f} kB; allow higher bits or a larger drop"
+            f"{drop.text} can't be met: the config with the least predicted loss under the other budgets measures a "
+            f"drop of {measured_drop:.2%} at {best.size_bytes / 1e3:,.1f} kB; allow higher bits or a larger drop"
         )
     high = best.size_bytes
     for _ in progress_bar(range(_STEPS), "accuracy budget", progress):

@@ -236,8 +236,11 @@ def _check_reachable(space: SearchSpace, costs: dict[str, Cost], budgets: tuple[
 
 def _warn_of_low_coverage(graph: LayerGraph) -> None:
     """Say so where budgets can move only part of the network."""
-    if graph.parameter_coverage < _EXPECTED_COVERAGE:
-        largest = sorted(graph.outside, key=lambda o: -o.parameters)[:3]
+    others = [o for o in graph.outside if not o.reason.endswith("stays float")]  # biases are nobody's surprise
+    if sum(o.parameters for o in others) > (1 - _EXPECTED_COVERAGE) * (
+        graph.parameters + sum(o.parameters for o in others)
+    ):
+        largest = sorted(others, key=lambda o: -o.parameters)[:3]
         names = "; ".join(f"{o.name} ({o.parameters:,} parameters): {o.reason}" for o in largest)
         warnings.warn(
             f"only {graph.parameter_coverage:.0%} of the parameters are in layers that mpq can search. The largest "

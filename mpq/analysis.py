@@ -85,7 +85,9 @@ class Analysis:
         chosen = auto_solver(problem) if solver == "auto" else find_solver(solver)
         solution = chosen.solve(problem)
         if solution.pick is None:
-            raise UnreachableError(self._unreachable(budgets, problem, solution))
+            if solution.status is not Status.INFEASIBLE:
+                raise BudgetError(solution.message)
+            raise UnreachableError(self._unreachable(budgets, problem))
         return solution
 
     def config_for(self, budgets: tuple[Budget, ...], solution: Solution) -> BitConfig:
@@ -196,10 +198,8 @@ class Analysis:
             _number(self.table.stderr[g, s]),
         )
 
-    def _unreachable(self, budgets: tuple[Budget, ...], problem: Problem, solution: Solution) -> str:
+    def _unreachable(self, budgets: tuple[Budget, ...], problem: Problem) -> str:
         """What can't be met, which limit binds and what is the least of every metric."""
-        if solution.status is not Status.INFEASIBLE:
-            return solution.message
         least = {name: c.metric(c.cost_floor(self.space.allowed)) for name, c in self.costs.items()}
         by_metric = {b.metric: b for b in budgets}
         binding = [m for m, b in by_metric.items() if least[m] > b.limit(self.costs[m].reference) * (1 + 1e-9)]

@@ -49,13 +49,28 @@ class Batch:
         """All input tensors."""
         return tensors_in((self.args, dict(self.kwargs)))
 
-    def without_last(self) -> Batch | None:
-        """The same batch with one sample less; None where its tensors can't be found."""
-        whole = (self.args, dict(self.kwargs), self.raw)
-        if not any(t.dim() and len(t) == self.size for t in tensors_in(whole)):
-            return None
-        args, kwargs, raw = map_tensors(lambda t: t[:-1] if t.dim() and len(t) == self.size else t, whole)
-        return Batch(args, kwargs, self.size - 1, None, raw)
+    def _by_sample(self) -> list[Tensor]:
+        """Tensors with as many entries as there are samples; nearly always those that hold one entry for each."""
+        found = tensors_in((self.args, dict(self.kwargs), self.raw))
+        return [t for t in found if t.dim() and len(t) == self.size]
+
+    def without_last(self, first_only: bool = False) -> Batch | None:
+        """The same batch with one sample less; None where its tensors can't be found.
+
+        Args:
+            first_only: Cut only the first tensor that is as long as the batch.
+        """
+        found = {id(t) for t in (self._by_sample()[:1] if first_only else self._by_sample())}
+        return self._mapped(lambda t: t[:-1] if id(t) in found else t, self.size - 1) if found else None
+
+    def with_last_replaced(self) -> Batch:
+        """The same batch with the first sample in the place of the last, in its first tensor."""
+        first = {id(t) for t in self._by_sample()[:1]}
+        return self._mapped(lambda t: torch.cat([t[:-1], t[:1]]) if id(t) in first else t, self.size)
+
+    def _mapped(self, fn: Callable[[Tensor], Tensor], size: int) -> Batch:
+        args, kwargs, raw = map_tensors(fn, (self.args, dict(self.kwargs), self.raw))
+        return Batch(args, kwargs, size, None, raw)
 
     def update_hash(self, digest: hashlib._Hash) -> None:
         """Feed names, shapes and bytes of inputs and labels to a hash."""
@@ -167,7 +182,8 @@ def read_batches(data: Iterable[Any], read: Callable[[Any], Batch]) -> Iterator[
         raise DataError(f"the data must be an iterable of batches, not {data!r}")
     for i, raw in enumerate([data] if isinstance(data, Tensor | Mapping) else data):
         batch = read(raw)
-        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in batch.tensors()):
+        # Minus infinity is what additive attention masks are made of.
+        if any(t.is_floating_point() and bool((t.isnan() | (t == torch.inf)).any()) for t in batch.tensors()):
             raise DataError(f"batch {i} of the data holds NaN or infinity")
         if batch.size:
             yield batch

@@ -14,7 +14,7 @@ from mpq.apply import InputQuantizer, check_fits, check_hash
 from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration, model_hash, read_batches
 from mpq.config import BitConfig, Measured
-from mpq.errors import ConfigError, DataError
+from mpq.errors import ConfigError, DataError, MpqError
 from mpq.losses import (
     CallableLoss,
     KLLoss,
@@ -35,6 +35,7 @@ class _Totals:
     """Sums over batches."""
 
     samples: int = 0
+    labelled: int = 0
     predictions: int = 0
     correct: int = 0
     cross_entropy: float = 0.0
@@ -43,6 +44,8 @@ class _Totals:
     mse: float | None = None
 
     def result(self) -> Measured:
+        if 0 < self.labelled < self.samples:
+            raise DataError(f"only {self.labelled} of {self.samples} samples have labels; give all or none")
         labelled = self.predictions > 0
         mean = self.cross_entropy / self.predictions if labelled else None
         loss = mean if self.user_loss is None else self.user_loss / self.samples
@@ -59,7 +62,10 @@ def _add(totals: _Totals, output: Any, batch: Batch, reference: Any, loss: Calla
         totals.user_loss = (totals.user_loss or 0.0) + float(loss.value(output, None, batch).double().sum())
     if reference is not None:
         divergence = resolve_loss("auto", reference)
-        total = float(divergence.value(output, reference, batch).double().sum())
+        try:
+            total = float(divergence.value(output, reference, batch).double().sum())
+        except MpqError:  # outputs without the batch as first axis: nothing to compare sample by sample
+            return
         if isinstance(divergence, KLLoss):
             totals.kl = (totals.kl or 0.0) + total
         else:
@@ -84,6 +90,7 @@ def _count(totals: _Totals, output: Any, batch: Batch) -> None:
     classes = scores.shape[1]
     if ((wanted[counted] < 0) | (wanted[counted] >= classes)).any():
         raise DataError(f"a label is not one of the model's {classes} classes (0 to {classes - 1})")
+    totals.labelled += batch.size
     totals.predictions += int(counted.sum())
     totals.correct += int((scores.argmax(1) == wanted)[counted].sum())
     totals.cross_entropy += float(F.cross_entropy(scores, wanted, reduction="sum", ignore_index=_IGNORED_LABEL))

@@ -119,7 +119,7 @@ class _WeightUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and getattr(func, "__name__", "") != "__get__":  # not .dtype, .shape and the like
+        if isinstance(result, Tensor):  # not .dtype, .shape and the like
             for t in tensors_in((args, kwargs or {})):
                 if id(t) in self._weights and not self._running[id(t)]:
                     self.elsewhere.add(id(t))

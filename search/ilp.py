@@ -51,7 +51,7 @@ class Ilp:
             if pick is None:
                 if best is not None:
                     return solved(problem, best, bound, seconds, "ilp")
-                if status == pulp.LpSolutionInfeasible and not cuts:
+                if status == pulp.LpSolutionInfeasible:
                     return infeasible(problem, seconds, "ilp")
                 return self._nothing(seconds, status)
             if not problem.feasible(pick):

@@ -156,4 +156,4 @@ def block_forms(
             vectors = probe(weights)
             products = torch.autograd.grad(known, weights, vectors, retain_graph=True, materialize_grads=True)
             yield torch.stack([(v * p).double().sum().cpu() for v, p in zip(vectors, products, strict=True)])
-    check_reached(view, unreached, batch)
+    check_reached(view, unreached, [batch])

@@ -25,7 +25,7 @@ from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
-from mpq.sensitivity.rows import Layouts, check_reached, find_layouts
+from mpq.sensitivity.rows import MIXED, Layout, Layouts, check_reached, find_layouts
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.trees import map_tensors, tensors_in
@@ -68,9 +68,7 @@ def influence(
         MpqError: If ``exact`` or a loss without a value per sample meets a layer that mixes samples.
     """
     generator = torch.Generator().manual_seed(seed)
-    largest = max(data.batches, key=lambda b: b.size)
-    layouts = find_layouts(view, [x.name for x in space.layers], largest) if largest.size > 1 else {}
-    passes = 2 * largest.size / data.num_samples
+    layouts, passes = _layouts(view, space, data)
     effects: list[Tensor] = []
     mixed: set[str] = set()
     unreached = {x.name for x in space.layers}
@@ -92,8 +90,7 @@ def influence(
             )
         # A backward pass counts as two forward passes; each layer runs once per scheme and once in float.
         passes += batch.size / data.num_samples * (1 + 2 * len(gradients) + len(space.schemes) + 1)
-    if unreached:
-        check_reached(view, sorted(unreached), data.batches[0])
+    check_reached(view, sorted(unreached), data.batches)
     provenance = {
         "estimator": "influence",
         "draws": "exact" if exact else draws,
@@ -102,6 +99,19 @@ def influence(
         "forward_passes": round(passes, 2),
     }
     return _table(space, effects, mixed, provenance)
+
+
+def _layouts(view: ModelView, space: SearchSpace, data: Calibration) -> tuple[Layouts, float]:
+    """Where the samples are in every output, and the forward passes of finding out.
+
+    The two largest batches must agree: routing may happen to keep the samples apart in one of them.
+    """
+    layouts: Layouts = {}
+    tried = sorted((b for b in data.batches if b.size > 1), key=lambda b: -b.size)[:2]
+    for batch in tried:
+        found = find_layouts(view, [x.name for x in space.layers], batch)
+        layouts = {k: v if layouts.get(k, v) == v else MIXED for k, v in found.items()}
+    return layouts, 2 * sum(b.size for b in tried) / data.num_samples
 
 
 def _table(space: SearchSpace, effects: list[Tensor], mixed: set[str], provenance: dict[str, Any]) -> SensitivityTable:
@@ -199,11 +209,19 @@ class _Collector:
                 effects[layer.name] += self._call_effects(layer, call, inputs, stacked)
         return torch.stack(list(effects.values()), 2)
 
+    def _layout(self, name: str, call: int, i: int, output: Tensor) -> Layout:
+        """Where the samples are in an output of this batch."""
+        if self.batch_size == 1:
+            return "rows", 1
+        axis, each = self.layouts.get((name, call, i), MIXED)
+        length = output.shape[1 if axis == "second" else 0] if output.dim() else 0
+        return (axis, each) if length == each * self.batch_size else MIXED
+
     def _call_effects(self, layer: LayerSpec, call: int, inputs: Inputs, gradients: list[Tensor]) -> Tensor:
         """Effects ``[samples, draws, schemes]`` of one call."""
         exact = tensors_in(self.bank.run(layer, None, inputs))
-        layouts = [self.layouts.get((layer.name, call, i), "mixed") for i in range(len(exact))]
-        if self.batch_size > 1 and "mixed" in layouts:
+        layouts = [self._layout(layer.name, call, i, t) for i, t in enumerate(exact)]
+        if MIXED in layouts:
             self.mixed.add(layer.name)
         schemes = [layer_scheme(layer, s) for s in self.space.schemes]
         rounded_inputs = {a: self.bank.inputs(layer, a, inputs) for a in dict.fromkeys(s.activation for s in schemes)}
@@ -221,15 +239,15 @@ class _Collector:
         return effects
 
 
-def _inner_products(gradient: Tensor, error: Tensor, samples: int, layout: str) -> Tensor:
+def _inner_products(gradient: Tensor, error: Tensor, samples: int, layout: Layout) -> Tensor:
     """Inner products of gradient ``[draws, ...]`` and error ``[...]`` by sample ``[samples, draws]``.
 
     Where the output belongs to the whole batch, its sum is spread evenly: the squares of the rows add up to the square
     of the sum, which has the right expectation because the probes of different samples have independent signs.
     """
-    if layout == "second":
+    if layout[0] == "second":
         gradient, error = gradient.transpose(1, 2), error.transpose(0, 1)
-    rows = 1 if layout == "mixed" else samples
+    rows = 1 if layout == MIXED else samples
     products = torch.einsum("krd,rd->rk", gradient.reshape(len(gradient), rows, -1), error.reshape(rows, -1))
     products = products.double().cpu()
     return products.expand(samples, -1) / samples**0.5 if rows < samples else products

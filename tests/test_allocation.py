@@ -254,6 +254,14 @@ def test_accuracy_budget_is_measured(example, analysis):
         mpq.allocate(model, calib[:1], "accuracy_drop<=1%", eval_data=[x for x, _ in part], progress=False)
 
 
+def test_accuracy_budget_beside_one_that_needs_a_larger_size(example):
+    """W5A8 is smaller, W6A2 has fewer BitOps: the second budget forces the larger size."""
+    model, calib, test = example
+    budgets = ["accuracy_drop<=90%", "bitops<=1.5%"]
+    cfg = mpq.allocate(model, calib[:1], budgets, "W5A8,W6A2", eval_data=test[:1], progress=False)
+    assert cfg.metrics["bitops"]["value"] <= 0.015 * cfg.metrics["bitops"]["float"]
+
+
 def test_frontier(analysis):
     front = analysis.pareto("size")
     assert front.exact

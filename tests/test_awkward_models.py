@@ -130,6 +130,75 @@ def test_what_can_not_tell_samples_apart_is_refused_for_routed_layers():
     assert np.isfinite(losses(Routed(False), data, loss=lambda out, batch: out.square().mean(1))).all()
 
 
+@pytest.mark.parametrize("positives", [(4, 3), (4, 2), (2, 4)])
+def test_routing_that_keeps_samples_apart_in_one_batch_only(positives):
+    """The first batch may send every sample to the expert, so that its output looks like one row for each."""
+    torch.manual_seed(0)
+    routed, masked = Routed(False).double(), Routed(True).double()
+    masked.load_state_dict(routed.state_dict())
+    data = []
+    for count in positives * 40:
+        x = torch.randn(4, 4, dtype=torch.float64)
+        x[:, 0] = torch.where(torch.arange(4) < count, 1.0, -1.0) * x[:, 0].abs()
+        data.append(x)
+    expected = losses(masked, data, loss="mse", estimator_options={"exact": True})
+    found = losses(routed, data, loss="mse", estimator_options={"draws": 60})
+    np.testing.assert_allclose(found, expected, rtol=0.25)
+
+
+class Encoder(nn.Module):
+    """Sequence first, with a causal mask as long as the sequence; may insist on its batch size."""
+
+    def __init__(self, batch_size=None):
+        super().__init__()
+        self.attention = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+        self.batch_size = batch_size
+
+    def forward(self, x, mask):
+        if self.batch_size is not None:
+            x = x.reshape(self.batch_size, -1, 4)
+        return self.attention(x.transpose(0, 1), src_mask=mask).mean(0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_shared_masks_and_fixed_batch_sizes(batch_size):
+    torch.manual_seed(0)
+    net = Encoder(batch_size).double().eval()
+    x, mask = torch.randn(10, 5, 4, dtype=torch.float64), nn.Transformer.generate_square_subsequent_mask(5).double()
+    exact = {"loss": "mse", "estimator_options": {"exact": True}}
+    found = losses(net, [(part, mask) for part in x.split(5)], **exact)
+    net.batch_size = None
+    np.testing.assert_allclose(found, losses(net, [(part, mask) for part in x.split(1)], **exact), rtol=1e-7)
+
+
+def test_models_whose_output_mixes_samples_are_known():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.b(torch.tanh(self.a(x)))
+            return y - y.mean(0)
+
+    table = mpq.analyze(Centred(), torch.randn(8, 4), "W2,W4", loss="mse", progress=False).table
+    assert table.provenance["mixed_layers"] == ["a", "b"]
+
+
+def test_random_forwards_do_not_look_like_unreached_layers():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            self.unused(x)
+            return self.used(x + 0.01 * torch.randn_like(x))
+
+    table = mpq.analyze(Noisy(), torch.randn(8, 4), "W2,W4", progress=False).table
+    assert table.loss[table.groups.index("unused")].tolist() == [0, 0]
+
+
 def test_position_embeddings_do_not_spoil_the_rows_of_other_layers():
     class Positions(nn.Module):
         def __init__(self):
@@ -218,7 +287,17 @@ def test_skipping_one_of_two_tied_layers_keeps_both_float():
     assert cfg.metrics["size"]["float"] == 4 * (36 + 16 + 4)
 
 
-def test_weights_that_are_also_used_functionally_are_left_out():
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda x, w: F.linear(x, w),
+        lambda x, w: x @ w.T,
+        lambda x, w: x @ w.t(),
+        lambda x, w: F.linear(x, w.data),
+        lambda x, w: torch.einsum("btd,vd->btv", x, w),
+    ],
+)
+def test_weights_that_are_also_used_functionally_are_left_out(head):
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -226,7 +305,7 @@ def test_weights_that_are_also_used_functionally_are_left_out():
 
         def forward(self, ids):
             hidden = self.mix(self.embed(ids).to(self.mix.weight.dtype))  # reading the dtype is harmless
-            return F.linear(hidden, self.embed.weight)
+            return head(hidden, self.embed.weight)
 
     graph = mpq.trace_model(Functional(), torch.randint(0, 9, (4, 3)))
     assert [x.name for x in graph] == ["mix"]
@@ -379,6 +458,12 @@ def test_uniform_needs_a_scheme_open_to_every_group(example):
     assert analysis.uniform("W4A8")["fc"].weight.bits == 8
     texts = [t.get_text() for t in analysis.pareto().plot().texts]
     assert texts == ["W2A8", "W4A8"]
+
+
+def test_partly_labelled_data_is_refused():
+    x = torch.randn(6, 4)
+    with pytest.raises(DataError, match="only 6 of 12 samples have labels"):
+        mpq.evaluate(nn.Linear(4, 3), [(x, torch.zeros(6, dtype=torch.long)), x], progress=False)
 
 
 def test_labels_out_of_range_other_types_and_next_tokens():

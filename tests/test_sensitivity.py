@@ -111,8 +111,8 @@ def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
     drawn = influence(view, space, calib, bank, KLLoss(), draws=400, seed=1, progress=False)
     # A probe's square has a relative deviation of at most sqrt(2); 8 samples and 400 draws average it.
     np.testing.assert_allclose(drawn.loss, exact.loss, rtol=4 * (2 / 400) ** 0.5)
-    one_batch = 0.5 * 2  # the batch axis is found with two passes over one of the two batches
-    assert drawn.provenance["forward_passes"] == one_batch + 1 + 800 + 3
+    finding_the_batch_axis = 2  # two passes over both batches
+    assert drawn.provenance["forward_passes"] == finding_the_batch_axis + 1 + 800 + 3
 
 
 def test_probe_has_the_hessian_as_second_moment():
