@@ -15,7 +15,7 @@ from torch import nn
 from mpq import __version__
 from mpq.accuracy import smallest_within_drop
 from mpq.analysis import Analysis, Budgets, find_solver
-from mpq.bank import QuantizerBank, layer_scheme
+from mpq.bank import QuantizerBank
 from mpq.budget import Budget, parse_budgets
 from mpq.calibration import Calibration, model_hash
 from mpq.config import BitConfig
@@ -28,7 +28,7 @@ from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers.formats import Scheme, parse_schemes
 from mpq.search import Solver
 from mpq.sensitivity import ESTIMATORS, Estimator, SensitivityTable
-from mpq.space import SearchSpace, make_space
+from mpq.space import SearchSpace, layer_scheme, make_space
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, plain, preserved_state
 

@@ -18,7 +18,7 @@ from mpq.layers import LayerSpec, Outside
 from mpq.problem import Ints, Problem, Solution, Status
 from mpq.quantizers.formats import Scheme
 from mpq.search import SOLVERS, Solver, auto_solver
-from mpq.space import SearchSpace
+from mpq.space import SearchSpace, layer_scheme
 from mpq.units import si
 
 if TYPE_CHECKING:
@@ -183,9 +183,7 @@ class Analysis:
         )
 
     def _choice(self, layer: LayerSpec, group: str, g: int, s: int) -> LayerChoice:
-        scheme = self.space.schemes[s]
-        if layer.source is None:
-            scheme = Scheme(scheme.weight)
+        scheme = layer_scheme(layer, self.space.schemes[s])
         return LayerChoice(
             scheme,
             self.ranges.get((layer.name, str(scheme))),

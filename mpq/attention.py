@@ -92,11 +92,11 @@ class ExplicitAttention(nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        packed: PackedProjection | None = self._modules.get("in_proj")  # type: ignore[assignment]
+        packed = self._modules.get("in_proj")
         if packed is not None:
             q, k, v = packed(query, key, value)
         else:
-            q, k, v = (self._modules[n](x) for n, x in zip(_SPLIT, (query, key, value), strict=True))  # type: ignore[misc]
+            q, k, v = (self.get_submodule(n)(x) for n, x in zip(_SPLIT, (query, key, value), strict=True))
         return q, k, v
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -34,11 +34,6 @@ def check_range_method(method: str) -> None:
         parse_percentile(method)
 
 
-def layer_scheme(layer: LayerSpec, scheme: Scheme) -> Scheme:
-    """What a scheme means for a layer: inputs that are whole numbers (of embeddings) are never quantized."""
-    return Scheme(scheme.weight) if layer.source is None else scheme
-
-
 def quantize_inputs(fmt: NumberFormat | None, limits: Range | None, inputs: Inputs) -> Inputs:
     """Fake-quantize all floating-point tensors in a layer's inputs."""
     if fmt is None:

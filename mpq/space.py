@@ -54,6 +54,11 @@ class SearchSpace:
         return f"SearchSpace({layers}, schemes {names}: {configs:.2g} configs)"
 
 
+def layer_scheme(layer: LayerSpec, scheme: Scheme) -> Scheme:
+    """What a scheme means for a layer: inputs that are whole numbers (of embeddings) are never quantized."""
+    return Scheme(scheme.weight) if layer.source is None else scheme
+
+
 def make_space(
     graph: LayerGraph,
     schemes: str | Iterable[str | Scheme],

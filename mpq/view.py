@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from mpq.attention import PackedProjection, expand_attention
 from mpq.calibration import Batch, labels_of, make_batch
@@ -64,10 +65,10 @@ def channels_first(module: nn.Module, weight: Tensor) -> Tensor:
 
     Transposed convolutions keep ``[in, out / groups, ...]``; all other layers have their output channels first.
     """
-    if not (op_of(module) or "").startswith("conv_transpose"):
+    if not isinstance(module, _ConvTransposeNd):
         return weight
-    by_group = weight.unflatten(0, (int(module.groups), -1))  # type: ignore[no-untyped-call, arg-type]
-    return by_group.transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
+    by_group = weight.reshape(module.groups, -1, *weight.shape[1:])
+    return by_group.transpose(1, 2).flatten(0, 1)
 
 
 class ModelView:
@@ -150,11 +151,12 @@ class ModelView:
     def swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Run with other weights in some layers; layers that share a weight change together."""
         originals = {name: own_weight(module) for name, module in self.layers.items()}
-        changed = {id(originals[name]): weight for name, weight in weights.items()}
+        # Plain tensors stand in for parameters: nothing here is trained.
+        changed: dict[int, Any] = {id(originals[name]): weight for name, weight in weights.items()}
         touched = [name for name, original in originals.items() if id(original) in changed]
         try:
             for name in touched:
-                self.layers[name]._parameters["weight"] = changed[id(originals[name])]  # type: ignore[assignment]
+                self.layers[name]._parameters["weight"] = changed[id(originals[name])]
             yield
         finally:
             for name in touched:
@@ -199,8 +201,9 @@ def share_weights(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if isinstance(getattr(module, "inplace", None), bool):
             module.inplace = False  # type: ignore[assignment]
-        if getattr(module, "max_norm", None) is not None and own_weight(module) is not None:
-            module.weight.data = module.weight.data.clone()  # type: ignore[operator]  # renormalized in use
+        weight = own_weight(module)
+        if weight is not None and getattr(module, "max_norm", None) is not None:
+            weight.data = weight.data.clone()  # embeddings with max_norm renormalize their weight in use
     return copied
 
 

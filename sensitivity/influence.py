@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq.bank import Inputs, QuantizerBank, layer_scheme
+from mpq.bank import Inputs, QuantizerBank
 from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, GraphError, MpqError
 from mpq.layers import LayerSpec
@@ -27,7 +27,7 @@ from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.sensitivity.rows import MIXED, Layout, Layouts, check_reached, find_layouts
 from mpq.sensitivity.table import SensitivityTable
-from mpq.space import SearchSpace
+from mpq.space import SearchSpace, layer_scheme
 from mpq.trees import map_tensors, tensors_in
 from mpq.view import ModelView
 

@@ -114,6 +114,9 @@ def test_allocate_from_files(tmp_path):
     assert json.loads((tmp_path / "bits.json").read_text())["provenance"]["samples"] == 70
 
 
+EXAMPLE = ["allocate", "mpq.bundled:resnet20", "--calib", "mpq.bundled:calibration", "--budget"]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -122,62 +125,15 @@ def test_allocate_from_files(tmp_path):
         (["allocate", "torch", "--calib", "x:y", "--budget", "size<=25%"], 2, "names no object"),
         (["allocate", "json:dumps.x", "--calib", "x:y", "--budget", "size<=25%"], 2, "json has no 'dumps.x'"),
         (
-            ["allocate", "mpq.bundled:resnet20", "--calib", "mpq.bundled:calibration", "--budget", "size=25"],
+            ["allocate", "mpq.bundled:calibration", "--calib", "x:y", "--budget", "size<=25%"],
             2,
-            "is not a budget",
+            "is a list, not a torch",
         ),
-        (
-            [
-                "allocate",
-                "mpq.bundled:resnet20",
-                "--calib",
-                "mpq.bundled:calibration",
-                "--budget",
-                "size<=1%",
-                "--max-samples",
-                "64",
-            ],
-            3,
-            "Smallest reachable: size 77.25 kB",
-        ),
-        (
-            [
-                "allocate",
-                "mpq.bundled:resnet20",
-                "--calib",
-                "mpq.bundled:calibration",
-                "--budget",
-                "size<=25%",
-                "--pin",
-                "fc",
-            ],
-            2,
-            "--pin takes layer=scheme",
-        ),
-        (
-            ["allocate", "mpq.bundled:resnet20", "--calib", "absent.npz", "--budget", "size<=25%"],
-            2,
-            "can't be read as an npz",
-        ),
-        (
-            [
-                "allocate",
-                "mpq.bundled:resnet20",
-                "--calib",
-                "mpq.bundled:calibration",
-                "--budget",
-                "size<=25%",
-                "--out",
-                "no/where/bits.json",
-            ],
-            2,
-            "there is no folder",
-        ),
-        (
-            ["allocate", "mpq.bundled:calibration", "--calib", "mpq.bundled:calibration", "--budget", "size<=25%"],
-            2,
-            "is a list, not a torch.nn.Module",
-        ),
+        ([*EXAMPLE, "size=25"], 2, "is not a budget"),
+        ([*EXAMPLE, "size<=1%", "--max-samples", "64"], 3, "Smallest reachable: size 77.25 kB"),
+        ([*EXAMPLE, "size<=25%", "--pin", "fc"], 2, "--pin takes layer=scheme"),
+        ([*EXAMPLE, "size<=25%", "--calib", "absent.npz"], 2, "can't be read as an npz"),
+        ([*EXAMPLE, "size<=25%", "--out", "no/where/bits.json"], 2, "there is no folder"),
         (["nonsense"], 2, "No such command"),
     ],
 )

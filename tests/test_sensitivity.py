@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpq
-from mpq.bank import QuantizerBank, layer_scheme
+from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
 from mpq.cost_models import find_device
 from mpq.errors import ConfigError
 from mpq.losses import KLLoss, MSELoss, resolve_loss
 from mpq.sensitivity import SensitivityTable, influence
 from mpq.sensitivity.hessian_trace import block_forms
-from mpq.space import make_space
+from mpq.space import layer_scheme, make_space
 from mpq.testing import EstimatorContract, tiny_network
 from mpq.trace import trace
 from mpq.view import ModelView, preserved_state
