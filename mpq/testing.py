@@ -10,17 +10,24 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpq.allocation import analyze
-from mpq.cost_models import COST_MODELS, CostModel
+from mpq.bank import QuantizerBank
+from mpq.calibration import Calibration
+from mpq.cost_models import COST_MODELS, CostModel, find_device
+from mpq.losses import OutputLoss
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Exhaustive, Solver
-from mpq.space import SearchSpace
+from mpq.space import SearchSpace, make_space
+from mpq.trace import trace
+from mpq.view import ModelView
 
 
 def random_problem(rng: np.random.Generator, *, rows: int = 1, constraints: int = 1, ties: bool = False) -> Problem:
@@ -122,6 +129,100 @@ def tiny_network(seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.5)
     data = [torch.randn(4, 1, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
     return net.eval(), data
+
+
+class _Tokens(nn.Module):
+    """Embedding, attention and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        found: torch.Tensor = self.head(x.mean(1))
+        return found
+
+
+class _Shared(nn.Module):
+    """One layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.first(x))))
+        found: torch.Tensor = self.last(torch.tanh(self.again(x)))
+        return found
+
+
+def tiny_networks() -> dict[str, tuple[nn.Module, list[torch.Tensor]]]:
+    """Smooth float64 networks of a few dozen weights, each with two calibration batches of different sizes.
+
+    Between them they hold every kind of layer: convolutions, depthwise ones, linear layers, attention, embeddings and
+    a module that is called twice. All give logits of three classes, and all have second derivatives.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def ids() -> torch.Tensor:
+        return torch.randint(0, 6, (3, 4), generator=generator)
+
+    depthwise = [nn.Conv2d(2, 2, 3, groups=2), nn.Tanh(), nn.Conv2d(2, 3, 1), nn.Tanh(), nn.Flatten()]
+    conv = [nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Tanh()]
+    networks: dict[str, tuple[nn.Module, list[torch.Tensor]]] = {
+        "conv": (nn.Sequential(*conv, nn.Linear(6, 3)), [randn(3, 2, 5), randn(5, 2, 5)]),
+        "depthwise": (nn.Sequential(*depthwise, nn.Linear(12, 3)), [randn(3, 2, 4, 4), randn(5, 2, 4, 4)]),
+        "linear": (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), [randn(3, 4), randn(5, 4)]),
+        "attention": (_Tokens(), [ids(), torch.cat([ids(), ids()])]),
+        "shared": (_Shared(), [randn(3, 4), randn(5, 4)]),
+    }
+    for net, _ in networks.values():
+        net.double().eval()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.6)
+    return networks
+
+
+def dense_hessian(view: ModelView, data: Calibration, loss: OutputLoss, names: Sequence[str]) -> torch.Tensor:
+    """Hessian of the mean loss over all samples in the named weights together, ``[n, n]``: the slow, obvious twin.
+
+    Rows and columns follow ``names``, each weight flattened.
+    """
+    weights = [view.weight(name).detach() for name in names]
+    sizes = [w.numel() for w in weights]
+    with torch.no_grad():
+        references = [view(b) for b in data.batches]
+
+    def mean_loss(flat: torch.Tensor) -> torch.Tensor:
+        parts = [v.view_as(w) for v, w in zip(torch.split(flat, sizes), weights, strict=True)]
+        with view.swapped(dict(zip(names, parts, strict=True))), sdpa_kernel(SDPBackend.MATH):
+            losses = [loss.value(view(b), r, b).sum() for b, r in zip(data.batches, references, strict=True)]
+        return torch.stack(losses).sum() / data.num_samples
+
+    flat = torch.cat([w.flatten() for w in weights])
+    found: torch.Tensor = torch.func.hessian(mean_loss)(flat)
+    return found
+
+
+def prepared(
+    net: nn.Module, data: list[torch.Tensor], schemes: str
+) -> tuple[ModelView, SearchSpace, Calibration, QuantizerBank]:
+    """What every estimator takes: view, space, calibration data and quantizer bank."""
+    view = ModelView(net)
+    calib = Calibration.load(data, view.read)
+    graph = trace(view, calib.batches[0])
+    space = make_space(graph, schemes, device=find_device("generic"))
+    bank = QuantizerBank(view, graph)
+    bank.observe(calib, progress=False)
+    return view, space, calib, bank
 
 
 class EstimatorContract:

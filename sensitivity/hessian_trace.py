@@ -12,11 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, GraphError
-from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import Scheme
+from mpq.sensitivity.aggregate import by_group, distinct_layers, squared_error
 from mpq.sensitivity.rows import check_reached
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
@@ -67,8 +66,8 @@ def hessian_trace(
         GraphError: If no gradient reaches a layer that matters.
     """
     generator = torch.Generator().manual_seed(seed)
-    by_storage = {x.storage: x for x in space.layers}
-    names = [x.name for x in by_storage.values()]
+    layers = distinct_layers(space)
+    names = [x.name for x in layers]
     traces = np.zeros((probes, len(names)))
     steps = progress_bar(
         _products(view, names, data, loss, probes, generator),
@@ -83,20 +82,11 @@ def hessian_trace(
             raise DataError(f"the Hessian trace of layer {name!r} is NaN or infinite; check the data and the loss")
     mean = traces.mean(0)
     spread = traces.std(0, ddof=1) / probes**0.5 if probes > 1 else np.full(len(names), np.nan)
-    position = {storage: i for i, storage in enumerate(by_storage)}
+    position = {x.storage: i for i, x in enumerate(layers)}
 
     def score(values: Floats) -> Floats:
-        return np.array(
-            [
-                [
-                    sum(
-                        0.5 * values[position[x.storage]] / x.parameters * _squared_error(view, bank, x, j)
-                        for x in {y.storage: y for y in g.layers}.values()
-                    )
-                    for j in space.schemes
-                ]
-                for g in space.groups
-            ]
+        return by_group(
+            space, lambda x, s: 0.5 * values[position[x.storage]] / x.parameters * squared_error(view, bank, x, s)
         )
 
     provenance = {
@@ -108,11 +98,6 @@ def hessian_trace(
     }
     groups = tuple(g.name for g in space.groups)
     return SensitivityTable(groups, tuple(map(str, space.schemes)), score(mean), score(spread), None, provenance)
-
-
-def _squared_error(view: ModelView, bank: QuantizerBank, layer: LayerSpec, scheme: Scheme) -> float:
-    error = bank.weight(layer, scheme.weight) - view.weight(layer.name)
-    return float(error.double().square().sum())
 
 
 def _products(
