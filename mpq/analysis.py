@@ -162,7 +162,7 @@ class Analysis:
         predicted = {
             "loss": loss,
             "stderr": _number(stderr),
-            "with_interactions": None if self.table.factor is None else self.table.quadratic(pick),
+            "with_interactions": None if self.table.interactions is None else self.table.predict(pick),
         }
         order = [x.name for x in self.space.graph if x.name in layers]
         first_use = {x.storage: x.name for x in reversed(self.space.skipped)}

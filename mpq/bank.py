@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,6 +72,12 @@ class QuantizerBank:
         self._weights: dict[tuple[int, NumberFormat], Tensor] = {}
         self._observers: dict[str, ActivationObserver] = {}
         self._ranges: dict[tuple[str, NumberFormat], Range] = {}
+
+    def on(self, view: ModelView) -> QuantizerBank:
+        """The same bank on another view of the same model; what is made already is shared."""
+        bank = copy.copy(self)
+        bank.view = view
+        return bank
 
     def weight(self, layer: LayerSpec, fmt: NumberFormat) -> Tensor:
         """The layer's weight rounded to a format; tied layers share it."""

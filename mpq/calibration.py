@@ -74,7 +74,8 @@ class Batch:
 
     def update_hash(self, digest: hashlib._Hash) -> None:
         """Feed names, shapes and bytes of inputs and labels to a hash."""
-        for name, tree in [("", self.args), *sorted(self.kwargs.items()), ("labels", self.labels)]:
+        args = self.args if self.tensors() else tuple(vars(a) if hasattr(a, "__dict__") else a for a in self.args)
+        for name, tree in [("", args), *sorted(self.kwargs.items()), ("labels", self.labels)]:
             for t in tensors_in(tree):
                 digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
 

@@ -60,10 +60,13 @@ class Problem:
     Attributes:
         loss: ``[G, S]``; infinite where a scheme is not allowed.
         constraints: Any number of constraints; all must hold.
+        interactions: ``[G, S, G, S]`` or None: what each pair of choices adds to the sum of their losses (it may be
+            negative); symmetric, zero where both are of one group.
     """
 
     loss: Floats
     constraints: tuple[Constraint, ...] = ()
+    interactions: Floats | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", np.asarray(self.loss, np.float64))
@@ -75,6 +78,8 @@ class Problem:
         for c in self.constraints:
             if c.cost.shape[:2] != self.loss.shape:
                 raise MpqError(f"constraint {c.name!r}: cost {c.cost.shape[:2]} but loss {self.loss.shape}")
+        if self.interactions is not None:
+            object.__setattr__(self, "interactions", check_interactions(self.interactions, self.loss.shape))
         blocked = np.flatnonzero(~self.allowed.any(1))
         if len(blocked):
             raise MpqError(f"group {blocked[0]} has no allowed scheme")
@@ -85,8 +90,8 @@ class Problem:
         return np.isfinite(self.loss)
 
     def objective(self, pick: ArrayLike) -> float:
-        """Total loss of a pick ``[G]``."""
-        return float(_take(self.loss, pick).sum())
+        """Total loss of a pick ``[G]``, interactions included."""
+        return float(_take(self.loss, pick).sum()) + pair_sum(self.interactions, pick)
 
     def usage(self, pick: ArrayLike) -> dict[str, Floats]:
         """Constraint name -> row sums ``[R]`` of a pick."""
@@ -101,6 +106,34 @@ class Problem:
         """Constraint name -> smallest reachable row sums ``[R]``, each row on its own."""
         masked = {c.name: np.where(self.allowed[..., None], c.cost, np.inf) for c in self.constraints}
         return {name: cost.min(1).sum(0) for name, cost in masked.items()}
+
+
+def pair_sum(interactions: Floats | None, pick: ArrayLike) -> float:
+    """Sum of the interactions ``[G, S, G, S]`` over all pairs of groups of a pick ``[G]``; 0 for None."""
+    if interactions is None:
+        return 0.0
+    picks = np.asarray(pick, np.int64)
+    groups = np.arange(len(picks))
+    return 0.5 * float(interactions[groups[:, None], picks[:, None], groups, picks].sum())
+
+
+def check_interactions(interactions: ArrayLike, shape: tuple[int, ...]) -> Floats:
+    """Interactions as float64.
+
+    Raises:
+        MpqError: If they don't fit losses of this shape ``(G, S)``, aren't finite and symmetric, or not zero within
+            a group.
+    """
+    found = np.asarray(interactions, np.float64)
+    G, S = shape
+    if found.shape != (G, S, G, S):
+        raise MpqError(f"interactions must be {(G, S, G, S)}, not {found.shape}")
+    square = found.reshape(G * S, G * S)
+    if not np.isfinite(square).all() or not np.allclose(square, square.T, rtol=1e-9, atol=1e-12):
+        raise MpqError("interactions must be finite and symmetric")
+    if found[np.arange(G), :, np.arange(G)].any():
+        raise MpqError("interactions within a group must be zero: they belong to its loss")
+    return found
 
 
 def _take(values: NDArray[np.generic], pick: ArrayLike) -> NDArray[np.generic]:

@@ -107,6 +107,10 @@ class ModelView:
                 raise GraphError(f"the weight of layer {name!r} holds NaN or infinity")
         self.device = next(p.device for p in self.module.parameters())
 
+    def twin(self) -> ModelView:
+        """Another view of the same weights, for another thread: hooks and swapped weights are its own."""
+        return ModelView(self.module, self._forward)
+
     def read(self, raw: Any) -> Batch:
         """A `Batch` of what a data iterable yields.
 

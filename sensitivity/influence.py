@@ -10,26 +10,29 @@ pairwise interactions come with the same passes.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from mpq.bank import Inputs, QuantizerBank
+from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
-from mpq.errors import DataError, GraphError, MpqError
+from mpq.errors import MpqError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
-from mpq.sensitivity.rows import MIXED, Layout, Layouts, check_reached, find_layouts
+from mpq.quantizers.formats import Scheme
+from mpq.sensitivity.collector import Collector
+from mpq.sensitivity.rows import MIXED, Layouts, check_reached, find_layouts
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
-from mpq.trees import map_tensors, tensors_in
-from mpq.view import ModelView
+from mpq.store import ScoreStore
+from mpq.view import ModelView, preserved_state
 
 
 def influence(
@@ -41,6 +44,8 @@ def influence(
     *,
     draws: int = 2,
     exact: bool = False,
+    executor: Executor | None = None,
+    store: ScoreStore | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SensitivityTable:
@@ -52,53 +57,137 @@ def influence(
         data: Calibration data.
         bank: Quantized weights and activation ranges.
         loss: What is protected.
-        draws: Random probes per sample; more of them lower the standard error towards that of the data alone.
+        draws: Random probes per sample; more of them lower the standard error towards that of the data alone. With one,
+            memory stays near that of a training step.
         exact: Sum over all output classes (or elements) instead of drawing: one backward pass for each.
-        seed: Of the probes.
+        executor: Where to run the batches; their rows are joined in order, so that the result is the same.
+        store: Where to keep each batch's rows of each scheme, and to look for them first.
+        seed: Of the probes; each batch draws its own from the seed and its content.
         progress: Show a bar.
 
     Returns:
-        A table whose loss is in the unit of ``loss``, standard errors over samples, and the interaction factor. A layer
-        whose output belongs to the whole batch (position embeddings, routed tokens) has standard errors over batches,
-        and its interactions are shrunk towards zero.
+        A table whose loss is in the unit of ``loss``, standard errors over samples, interactions, rows. A layer whose
+        output belongs to the whole batch (position embeddings, routed tokens) has standard errors over batches, and its
+        interactions are shrunk towards zero.
 
     Raises:
         DataError: If a gradient or an error is NaN or infinite, naming the layer.
         GraphError: If no gradient reaches a layer that matters.
         MpqError: If ``exact`` or a loss without a value per sample meets a layer that mixes samples.
     """
-    generator = torch.Generator().manual_seed(seed)
     layouts, passes = _layouts(view, space, data)
-    effects: list[Tensor] = []
-    mixed: set[str] = set()
-    unreached = {x.name for x in space.layers}
-    for batch in progress_bar(data.batches, "influence", progress):
-        collector = _Collector(view, space, bank, batch.size, layouts)
-        output = collector.forward(batch)
-        if not any(t.requires_grad for t in tensors_in(output)):
-            raise GraphError("no gradient reaches the model's output: its forward runs under torch.no_grad()")
-        drawn = (loss.probe(output, batch, generator) for _ in range(draws))
-        gradients = collector.backward(loss.all_probes(output, batch) if exact else drawn)
-        effects.append(collector.project(gradients) * (1.0 if exact else draws**-0.5))
-        unreached -= collector.reached
-        mixed |= collector.mixed
-        if collector.mixed and (exact or not loss.by_sample(output, batch)):
-            what = "exact=True" if exact else "a loss that returns one mean for the batch"
-            raise MpqError(
-                f"layer {min(collector.mixed)!r} mixes the samples of a batch, which {what} can't tell apart; "
-                + ("use random draws" if exact else "return one loss per sample, or use batches of one sample")
-            )
-        # A backward pass counts as two forward passes; each layer runs once per scheme and once in float.
-        passes += batch.size / data.num_samples * (1 + 2 * len(gradients) + len(space.schemes) + 1)
+    job = _Job(view, space.layers, space.schemes, bank, loss, layouts, 0 if exact else draws, seed, store)
+    jobs = [replace(job, batch=batch) for batch in data.batches]
+    results: Iterator[_Rows] = map(_run, jobs) if executor is None else executor.map(_run_apart, jobs)
+    found = list(progress_bar(results, "influence", progress, total=len(jobs)))
+    unreached = {x.name for x in space.layers}.difference(*(r.reached for r in found))
     check_reached(view, sorted(unreached), data.batches)
+    passes += sum(r.passes * b.size for r, b in zip(found, data.batches, strict=True)) / data.num_samples
     provenance = {
         "estimator": "influence",
         "draws": "exact" if exact else draws,
         "loss": loss.name,
-        "mixed_layers": sorted(mixed),
+        "mixed_layers": sorted(set().union(*(r.mixed for r in found))),
         "forward_passes": round(passes, 2),
     }
-    return _table(space, effects, mixed, provenance)
+    return _table(space, [r.effects for r in found], set(provenance["mixed_layers"]), provenance)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that one batch needs; it can be sent to another process."""
+
+    view: ModelView
+    layers: tuple[LayerSpec, ...]
+    schemes: tuple[Scheme, ...]
+    bank: QuantizerBank
+    loss: OutputLoss
+    layouts: Layouts
+    draws: int  # 0: the exact sum
+    seed: int
+    store: ScoreStore | None
+    batch: Batch | None = None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Effects ``[samples, draws, layers, schemes]`` of one batch, and what was seen on the way."""
+
+    effects: Floats
+    reached: set[str]
+    mixed: set[str]
+    passes: float
+
+
+def _run_apart(job: _Job) -> _Rows:
+    """In a thread or process of its own: hooks and swapped weights must be its own, too."""
+    view = job.view.twin()
+    with preserved_state(job.seed):
+        return _run(replace(job, view=view, bank=job.bank.on(view)))
+
+
+def _run(job: _Job) -> _Rows:
+    """Rows of one batch: what the store holds, and the rest measured."""
+    assert job.batch is not None
+    if job.store is None:
+        return _measure(job, job.batch, job.schemes)
+    names = [x.name for x in job.layers]
+    content = {"batch": _content(job.batch), "loss": repr(job.loss), "draws": job.draws, "seed": job.seed}
+    shelf = job.store.within(estimator="influence", layers=names, **content)
+    keys = [{"scheme": str(s), "ranges": _ranges(job, s)} for s in job.schemes]
+    known = [shelf.get(**k) for k in keys]
+    missing = tuple(s for s, k in zip(job.schemes, known, strict=True) if k is None)
+    passes = 0.0
+    if missing:
+        rows = _measure(job, job.batch, missing)
+        passes = rows.passes
+        flags = {
+            "reached": np.array([n in rows.reached for n in names]),
+            "mixed": np.array([n in rows.mixed for n in names]),
+        }
+        for i, scheme in enumerate(missing):
+            s = job.schemes.index(scheme)
+            known[s] = {"effects": rows.effects[..., i], **flags}
+            shelf.put(known[s] or {}, **keys[s])
+    entries = [k for k in known if k is not None]
+    effects = np.stack([k["effects"] for k in entries], -1)
+    reached, mixed = ({n for n, on in zip(names, entries[0][k], strict=True) if on} for k in ("reached", "mixed"))
+    return _Rows(effects, reached, mixed, passes)
+
+
+def _measure(job: _Job, batch: Batch, schemes: tuple[Scheme, ...]) -> _Rows:
+    # A batch's probes depend on nothing but the seed and its content: not on its place, nor on what is in the store.
+    generator = torch.Generator().manual_seed(int(_content(batch)[:8], 16) ^ job.seed)
+    collector = Collector(job.view, job.layers, schemes, job.bank, batch, job.layouts)
+    output = collector.forward()
+    if job.draws:
+        draws = job.draws
+        probes = (job.loss.probe(output, batch, generator) for _ in range(draws))
+    else:
+        draws = sum(1 for _ in job.loss.all_probes(output, batch))
+        probes = (p for p in job.loss.all_probes(output, batch))
+    effects = collector.backward(probes, draws).numpy() * (job.draws**-0.5 if job.draws else 1.0)
+    if collector.mixed and not (job.draws and job.loss.by_sample(output, batch)):
+        what = "a loss that returns one mean for the batch" if job.draws else "exact=True"
+        raise MpqError(
+            f"layer {min(collector.mixed)!r} mixes the samples of a batch, which {what} can't tell apart; "
+            + ("return one loss per sample, or use batches of one sample" if job.draws else "use random draws")
+        )
+    # A backward pass counts as two forward passes.
+    return _Rows(effects, collector.reached, collector.mixed, 1 + 2 * draws + collector.runs)
+
+
+def _content(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    batch.update_hash(digest)
+    return digest.hexdigest()
+
+
+def _ranges(job: _Job, scheme: Scheme) -> list[Any]:
+    """Activation ranges come from the whole data, so that they are a part of the address."""
+    if scheme.activation is None:
+        return []
+    return [job.bank.range(x, layer_scheme(x, scheme).activation) for x in job.layers]
 
 
 def _layouts(view: ModelView, space: SearchSpace, data: Calibration) -> tuple[Layouts, float]:
@@ -114,11 +203,11 @@ def _layouts(view: ModelView, space: SearchSpace, data: Calibration) -> tuple[La
     return layouts, 2 * sum(b.size for b in tried) / data.num_samples
 
 
-def _table(space: SearchSpace, effects: list[Tensor], mixed: set[str], provenance: dict[str, Any]) -> SensitivityTable:
-    """Join the effects ``[samples, draws, layers, schemes]`` of all batches; layers become groups."""
+def _table(space: SearchSpace, effects: list[Floats], mixed: set[str], provenance: dict[str, Any]) -> SensitivityTable:
+    """Join the effects of all batches; layers become groups."""
     column = {layer.name: i for i, layer in enumerate(space.layers)}
     members = [[column[x.name] for x in g.layers] for g in space.groups]
-    grouped = [torch.stack([rows[:, :, m].sum(2) for m in members], 2).numpy() for rows in effects]
+    grouped = [np.stack([rows[:, :, m].sum(2) for m in members], 2) for rows in effects]
     # Each sample's share of the mean loss: half its squared effects, summed over draws [N, G, S].
     shares: Floats = np.concatenate([0.5 * np.square(e).sum(1) for e in grouped])
     samples = len(shares)
@@ -127,9 +216,24 @@ def _table(space: SearchSpace, effects: list[Tensor], mixed: set[str], provenanc
     if over_batches:
         means = np.stack([0.5 * np.square(e[:, :, over_batches]).sum((0, 1)) * len(grouped) for e in grouped]) / samples
         stderr[over_batches] = _standard_error(means)
-    factor = np.concatenate([e.reshape(-1, *e.shape[2:]) for e in grouped]) / samples**0.5
+    rows = _same_draws(grouped)
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
-    return SensitivityTable(*names, shares.mean(0), stderr, factor, provenance)
+    return SensitivityTable(*names, shares.mean(0), stderr, gram(rows), rows, provenance)
+
+
+def _same_draws(grouped: list[Floats]) -> Floats:
+    """Rows of all batches ``[N, D, G, S]``; exact sums over tokens may have more draws in one batch than in another."""
+    draws = max(e.shape[1] for e in grouped)
+    return np.concatenate([np.pad(e, ((0, 0), (0, draws - e.shape[1]), (0, 0), (0, 0))) for e in grouped])
+
+
+def gram(rows: Floats) -> Floats:
+    """Interactions ``[G, S, G, S]`` of rows ``[N, D, G, S]``: the mean over samples of products of effects."""
+    N, D, G, S = rows.shape
+    flat = rows.reshape(N * D, G * S)
+    found: Floats = (flat.T @ flat / N).reshape(G, S, G, S)
+    found[np.arange(G), :, np.arange(G)] = 0.0
+    return found
 
 
 def _standard_error(values: Floats) -> Floats:
@@ -137,117 +241,3 @@ def _standard_error(values: Floats) -> Floats:
     rows = len(values)
     result: Floats = values.std(0, ddof=1) / rows**0.5 if rows > 1 else np.full(values.shape[1:], np.nan)
     return result
-
-
-class _Collector:
-    """Hooks of one batch: keeps layer inputs on the way forward, projects all errors after the way back.
-
-    Args:
-        view: The model.
-        space: Groups and schemes.
-        bank: Quantized layers.
-        batch_size: Samples of the batch.
-        layouts: Where the samples are in each output; not needed for a single sample.
-
-    Attributes:
-        reached: Layers that a gradient reached.
-        mixed: Layers whose output belongs to the whole batch.
-    """
-
-    def __init__(
-        self, view: ModelView, space: SearchSpace, bank: QuantizerBank, batch_size: int, layouts: Layouts
-    ) -> None:
-        self.view, self.space, self.bank, self.batch_size, self.layouts = view, space, bank, batch_size, layouts
-        self.reached: set[str] = set()
-        self.mixed: set[str] = set()
-        self._calls: list[tuple[LayerSpec, int, Inputs, list[Tensor]]] = []
-        self._count: Counter[str] = Counter()
-
-    def forward(self, batch: Batch) -> Any:
-        """Run the model with hooks; outputs of all layers require gradients."""
-        hooks = [
-            self.view.layers[x.name].register_forward_hook(self._hook(x), with_kwargs=True) for x in self.space.layers
-        ]
-        with self.view.hooked(hooks):
-            return self.view(batch)
-
-    def _hook(self, layer: LayerSpec) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return None
-            # Models may overwrite a layer's input or output later on, so both are kept as copies. The first
-            # layers see no gradient: their outputs start the record.
-            inputs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
-            outputs = [t if t.requires_grad else t.detach().requires_grad_() for t in tensors_in(output)]
-            self._calls.append((layer, self._count[layer.name], inputs, outputs))
-            self._count[layer.name] += 1
-            copies = iter(t.clone() for t in outputs)
-            return map_tensors(lambda t: next(copies), output)
-
-        return hook
-
-    def backward(self, probes: Iterable[Tensor]) -> list[list[Tensor | None]]:
-        """Gradients of each probe at the outputs of all calls, None where there is none."""
-        outputs = [t for *_, tensors in self._calls for t in tensors]
-        return [list(torch.autograd.grad(p, outputs, retain_graph=True, allow_unused=True)) for p in probes]
-
-    @torch.no_grad()
-    def project(self, gradients: list[list[Tensor | None]]) -> Tensor:
-        """Effects ``[samples, draws, layers, schemes]``."""
-        shape = self.batch_size, len(gradients), len(self.space.schemes)
-        effects = {x.name: torch.zeros(shape, dtype=torch.float64) for x in self.space.layers}
-        position = 0
-        for layer, call, inputs, outputs in self._calls:
-            found = [[g[position + i] for g in gradients] for i in range(len(outputs))]
-            position += len(outputs)
-            if any(g is not None for each in found for g in each):
-                self.reached.add(layer.name)
-                stacked = [
-                    torch.stack([torch.zeros_like(t) if g is None else g for g in each])
-                    for t, each in zip(outputs, found, strict=True)
-                ]
-                effects[layer.name] += self._call_effects(layer, call, inputs, stacked)
-        return torch.stack(list(effects.values()), 2)
-
-    def _layout(self, name: str, call: int, i: int, output: Tensor) -> Layout:
-        """Where the samples are in an output of this batch."""
-        if self.batch_size == 1:
-            return "rows", 1
-        axis, each = self.layouts.get((name, call, i), MIXED)
-        length = output.shape[1 if axis == "second" else 0] if output.dim() else 0
-        return (axis, each) if length == each * self.batch_size else MIXED
-
-    def _call_effects(self, layer: LayerSpec, call: int, inputs: Inputs, gradients: list[Tensor]) -> Tensor:
-        """Effects ``[samples, draws, schemes]`` of one call."""
-        exact = tensors_in(self.bank.run(layer, None, inputs))
-        layouts = [self._layout(layer.name, call, i, t) for i, t in enumerate(exact)]
-        if MIXED in layouts:
-            self.mixed.add(layer.name)
-        schemes = [layer_scheme(layer, s) for s in self.space.schemes]
-        rounded_inputs = {a: self.bank.inputs(layer, a, inputs) for a in dict.fromkeys(s.activation for s in schemes)}
-        columns = []
-        for scheme in schemes:
-            rounded = tensors_in(self.bank.run(layer, scheme.weight, rounded_inputs[scheme.activation]))
-            parts = [
-                _inner_products(g, r - e, self.batch_size, layout)
-                for g, r, e, layout in zip(gradients, rounded, exact, layouts, strict=True)
-            ]
-            columns.append(torch.stack(parts).sum(0))
-        effects = torch.stack(columns, -1)
-        if not torch.isfinite(effects).all():
-            raise DataError(f"the influence of layer {layer.name!r} is NaN or infinite; check its inputs and the loss")
-        return effects
-
-
-def _inner_products(gradient: Tensor, error: Tensor, samples: int, layout: Layout) -> Tensor:
-    """Inner products of gradient ``[draws, ...]`` and error ``[...]`` by sample ``[samples, draws]``.
-
-    Where the output belongs to the whole batch, its sum is spread evenly: the squares of the rows add up to the square
-    of the sum, which has the right expectation because the probes of different samples have independent signs.
-    """
-    if layout[0] == "second":
-        gradient, error = gradient.transpose(1, 2), error.transpose(0, 1)
-    rows = 1 if layout == MIXED else samples
-    products = torch.einsum("krd,rd->rk", gradient.reshape(len(gradient), rows, -1), error.reshape(rows, -1))
-    products = products.double().cpu()
-    return products.expand(samples, -1) / samples**0.5 if rows < samples else products

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpq.errors import ConfigError
-from mpq.problem import Floats
+from mpq.problem import Floats, pair_sum
 
-_VERSION = "1"
+_VERSION = "2"
+_OPTIONAL = "interactions", "rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +29,10 @@ class SensitivityTable:
         schemes: Names of the schemes ``[S]``.
         loss: Predicted rise of the loss ``[G, S]`` when only this group changes; nats for ``kl``.
         stderr: Standard error of each entry ``[G, S]``.
-        factor: Interaction factor ``[R, G, S]`` or None. The predicted loss of a whole pick, interactions included, is
-            ``0.5 * sum_r (sum_g factor[r, g, pick[g]])**2``; its diagonal part is ``loss``.
+        interactions: ``[G, S, G, S]`` or None: what a pair of choices adds to the sum of their losses; symmetric, zero
+            within a group.
+        rows: Effects ``[N, D, G, S]`` of each sample and draw, or None. Half the squared sum over a pick's entries,
+            summed over draws, is one sample's share of the predicted loss: `stderr_of` takes its spread.
         provenance: Estimator, loss, seed, hashes, cost in forward passes.
     """
 
@@ -37,7 +40,8 @@ class SensitivityTable:
     schemes: tuple[str, ...]
     loss: Floats
     stderr: Floats
-    factor: Floats | None = None
+    interactions: Floats | None = None
+    rows: Floats | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def total(self, pick: ArrayLike) -> tuple[float, float]:
@@ -45,22 +49,23 @@ class SensitivityTable:
         picks = (np.arange(len(self.groups)), np.asarray(pick, np.int64))
         return float(self.loss[picks].sum()), float(np.sqrt(np.square(self.stderr[picks]).sum()))
 
-    def quadratic(self, pick: ArrayLike) -> float:
-        """Predicted loss of a pick with all pairwise interactions.
+    def predict(self, pick: ArrayLike) -> float:
+        """Predicted loss of a pick ``[G]``, with interactions where the estimator gives them."""
+        return self.total(pick)[0] + pair_sum(self.interactions, pick)
 
-        Raises:
-            ValueError: If the estimator gives no interactions.
-        """
-        if self.factor is None:
-            raise ValueError(f"the {self.provenance.get('estimator')} table has no interactions")
-        picked = self.factor[:, np.arange(len(self.groups)), np.asarray(pick, np.int64)]
-        return 0.5 * float(np.square(picked.sum(1)).sum())
+    def stderr_of(self, pick: ArrayLike) -> float:
+        """Standard error of `predict`: the jackknife over samples where there are rows, else that of `total`."""
+        if self.rows is None:
+            return self.total(pick)[1]
+        picked = self.rows[:, :, np.arange(len(self.groups)), np.asarray(pick, np.int64)]
+        shares = 0.5 * np.square(picked.sum(2)).sum(1)
+        # Leaving one sample out at a time gives just this for a mean.
+        return float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else float("nan")
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
         arrays = {"loss": self.loss, "stderr": self.stderr}
-        if self.factor is not None:
-            arrays["factor"] = self.factor
+        arrays |= {k: a for k in _OPTIONAL if (a := getattr(self, k)) is not None}
         header = {"groups": self.groups, "schemes": self.schemes, "provenance": dict(self.provenance)}
         save_file(arrays, path, {"mpq_sensitivity": _VERSION, "header": json.dumps(header, sort_keys=True)})
         return Path(path)
@@ -87,13 +92,14 @@ class SensitivityTable:
                 tuple(header["schemes"]),
                 arrays["loss"],
                 arrays["stderr"],
-                arrays.get("factor"),
+                *(arrays.get(k) for k in _OPTIONAL),
                 header["provenance"],
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path} is a damaged sensitivity table: {error!r}") from None
         shape = (len(table.groups), len(table.schemes))
-        factor_fits = table.factor is None or table.factor.shape[1:] == shape
-        if table.loss.shape != shape or table.stderr.shape != shape or not factor_fits:
+        wanted = {"loss": shape, "stderr": shape, "interactions": shape + shape}
+        fits = all(k not in arrays or arrays[k].shape == v for k, v in wanted.items())
+        if not fits or (table.rows is not None and table.rows.shape[2:] != shape):
             raise ConfigError(f"{path} is a damaged sensitivity table: its arrays don't fit its names")
         return table
