@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpq.apply import quantize
     from mpq.budget import Budget
     from mpq.config import BitConfig, Measured, load
+    from mpq.distill import distilled_data
     from mpq.errors import MpqError
     from mpq.evaluation import Evaluator, evaluate
     from mpq.frontier import Frontier
@@ -40,6 +41,7 @@ __all__ = [
     "Scheme",
     "allocate",
     "analyze",
+    "distilled_data",
     "evaluate",
     "export",
     "load",
@@ -54,6 +56,7 @@ _MODULES = {
     "mpq.apply": ("quantize",),
     "mpq.budget": ("Budget",),
     "mpq.config": ("BitConfig", "Measured", "load"),
+    "mpq.distill": ("distilled_data",),
     "mpq.errors": ("MpqError",),
     "mpq.evaluation": ("Evaluator", "evaluate"),
     "mpq.frontier": ("Frontier",),

@@ -6,6 +6,8 @@ import platform
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers.formats import Scheme, parse_schemes
 from mpq.search import Solver
 from mpq.sensitivity import ESTIMATORS, Estimator, SensitivityTable
+from mpq.sensitivity.gate import check
+from mpq.sensitivity.storing import open_store, stored
 from mpq.space import SearchSpace, layer_scheme, make_space
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, plain, preserved_state
@@ -42,7 +46,7 @@ def analyze(
     schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
     *,
     loss: str | UserLoss | OutputLoss = "auto",
-    estimator: str | Estimator = "influence",
+    estimator: str | Estimator = "anchored",
     estimator_options: Mapping[str, Any] | None = None,
     device: str | Device = "generic",
     pin: Mapping[str, str | Scheme] | None = None,
@@ -53,6 +57,7 @@ def analyze(
     max_samples: int | None = 512,
     forward: Forward | None = None,
     budget: Budgets | None = None,
+    store: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis:
@@ -76,6 +81,8 @@ def analyze(
         max_samples: Use at most about this many samples (whole batches); None takes all.
         forward: ``(model, batch) -> output`` where batches are not what the model's ``forward`` takes.
         budget: Budgets that will be asked for: if they can't be met, say so before measuring.
+        store: Folder that keeps what was measured (`mpq.store.ScoreStore`): a killed run resumes from it, and more data
+            or schemes measure only what is missing.
         seed: Of everything random.
         progress: Show bars for what takes over two seconds.
 
@@ -104,16 +111,17 @@ def analyze(
         bank = QuantizerBank(view, graph, weight_range, activation_range)
         bank.prepare(space.schemes, progress)
         bank.observe(data, progress)
-        table = estimate(
-            view, space, data, bank, resolved, seed=seed, progress=progress, **dict(estimator_options or {})
-        )
-        if not np.isfinite(table.loss).all():
-            g, s = np.argwhere(~np.isfinite(table.loss))[0]
-            raise MpqError(f"the predicted loss of {table.groups[g]!r} at {table.schemes[s]} is NaN or infinite")
+        weights_hash = model_hash(plain(model))
+        shelf = None if store is None else open_store(store, weights_hash, view, graph, bank, resolved)
+        run = partial(estimate, view, space, data, bank, resolved, seed=seed, progress=progress)
+        table = stored(run, dict(estimator_options or {}), shelf, data=data.hash, space=space, seed=seed)
+        gate = check(table, space)
+        gate.warn()
+        table, space = gate.table, gate.space
         ranges = _ranges(space, bank)
     name = estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
     provenance = {
-        "model_hash": model_hash(plain(model)),
+        "model_hash": weights_hash,
         "data_hash": data.hash,
         "samples": data.num_samples,
         "seed": seed,
@@ -132,6 +140,7 @@ def analyze(
         },
         "estimator_options": {k: repr(v) for k, v in (estimator_options or {}).items()},
         "model_class": type(plain(model)).__name__,
+        "findings": gate.provenance(),
         "coverage": {"parameters": graph.parameter_coverage, "macs": graph.mac_coverage},
         "versions": _versions(),
     }

@@ -58,7 +58,8 @@ class Analysis:
         for budget in budgets:
             cost = self._cost(budget.metric)
             constraints.append(cost.constraint(budget.limit(cost.reference)))
-        return Problem(np.where(self.space.allowed, self.table.loss, np.inf), tuple(constraints))
+        loss = np.where(self.space.allowed, self.table.loss, np.inf)
+        return Problem(loss, tuple(constraints), self.table.interactions)
 
     def allocate(self, budget: Budgets, solver: str | Solver = "auto") -> BitConfig:
         """The config with the least predicted loss under budgets.

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,13 @@ class Batch:
     def _mapped(self, fn: Callable[[Tensor], Tensor], size: int) -> Batch:
         args, kwargs, raw = map_tensors(fn, (self.args, dict(self.kwargs), self.raw))
         return Batch(args, kwargs, size, None, raw)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of inputs and labels."""
+        digest = hashlib.sha256()
+        self.update_hash(digest)
+        return digest.hexdigest()
 
     def update_hash(self, digest: hashlib._Hash) -> None:
         """Feed names, shapes and bytes of inputs and labels to a hash."""

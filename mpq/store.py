@@ -41,7 +41,7 @@ class ScoreStore:
 
     def key(self, **about: Any) -> str:
         """Address of an entry."""
-        text = json.dumps({**self.context, **about}, sort_keys=True, default=str)
+        text = json.dumps([self.context, about], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, **about: Any) -> Arrays | None:

@@ -121,7 +121,7 @@ class Collector:
             # tokens) are cloned: models may overwrite them, and a view's hook would then be lost.
             watched = t if t.requires_grad else t.detach().requires_grad_()
             watched = watched.clone() if watched.is_leaf or watched._is_view() else watched
-            watched.register_hook(partial(self._on_gradient, call))
+            watched.register_hook(partial(self._on_gradient, call))  # type: ignore[no-untyped-call]
             self._calls.append(call)
             return watched
 

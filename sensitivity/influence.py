@@ -10,7 +10,6 @@ pairwise interactions come with the same passes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -66,9 +65,9 @@ def influence(
         progress: Show a bar.
 
     Returns:
-        A table whose loss is in the unit of ``loss``, standard errors over samples, interactions, rows. A layer whose
-        output belongs to the whole batch (position embeddings, routed tokens) has standard errors over batches, and its
-        interactions are shrunk towards zero.
+        A table whose loss is in the unit of ``loss``, standard errors over samples, shrunk interactions and rows. A
+        layer whose output belongs to the whole batch (position embeddings, routed tokens) has standard errors over
+        batches, and smaller interactions.
 
     Raises:
         DataError: If a gradient or an error is NaN or infinite, naming the layer.
@@ -83,14 +82,15 @@ def influence(
     unreached = {x.name for x in space.layers}.difference(*(r.reached for r in found))
     check_reached(view, sorted(unreached), data.batches)
     passes += sum(r.passes * b.size for r, b in zip(found, data.batches, strict=True)) / data.num_samples
+    mixed = set[str]().union(*(r.mixed for r in found))
     provenance = {
         "estimator": "influence",
         "draws": "exact" if exact else draws,
         "loss": loss.name,
-        "mixed_layers": sorted(set().union(*(r.mixed for r in found))),
+        "mixed_layers": sorted(mixed),
         "forward_passes": round(passes, 2),
     }
-    return _table(space, [r.effects for r in found], set(provenance["mixed_layers"]), provenance)
+    return _table(space, [r.effects for r in found], mixed, provenance)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _run(job: _Job) -> _Rows:
     if job.store is None:
         return _measure(job, job.batch, job.schemes)
     names = [x.name for x in job.layers]
-    content = {"batch": _content(job.batch), "loss": repr(job.loss), "draws": job.draws, "seed": job.seed}
+    content = {"batch": job.batch.content_hash, "draws": job.draws, "seed": job.seed}
     shelf = job.store.within(estimator="influence", layers=names, **content)
     keys = [{"scheme": str(s), "ranges": _ranges(job, s)} for s in job.schemes]
     known = [shelf.get(**k) for k in keys]
@@ -157,7 +157,7 @@ def _run(job: _Job) -> _Rows:
 
 def _measure(job: _Job, batch: Batch, schemes: tuple[Scheme, ...]) -> _Rows:
     # A batch's probes depend on nothing but the seed and its content: not on its place, nor on what is in the store.
-    generator = torch.Generator().manual_seed(int(_content(batch)[:8], 16) ^ job.seed)
+    generator = torch.Generator().manual_seed(int(batch.content_hash[:8], 16) ^ job.seed)
     collector = Collector(job.view, job.layers, schemes, job.bank, batch, job.layouts)
     output = collector.forward()
     if job.draws:
@@ -175,12 +175,6 @@ def _measure(job: _Job, batch: Batch, schemes: tuple[Scheme, ...]) -> _Rows:
         )
     # A backward pass counts as two forward passes.
     return _Rows(effects, collector.reached, collector.mixed, 1 + 2 * draws + collector.runs)
-
-
-def _content(batch: Batch) -> str:
-    digest = hashlib.sha256()
-    batch.update_hash(digest)
-    return digest.hexdigest()
 
 
 def _ranges(job: _Job, scheme: Scheme) -> list[Any]:
@@ -218,7 +212,7 @@ def _table(space: SearchSpace, effects: list[Floats], mixed: set[str], provenanc
         stderr[over_batches] = _standard_error(means)
     rows = _same_draws(grouped)
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
-    return SensitivityTable(*names, shares.mean(0), stderr, gram(rows), rows, provenance)
+    return SensitivityTable(*names, shares.mean(0), stderr, second_order(rows)[1], rows, provenance=provenance)
 
 
 def _same_draws(grouped: list[Floats]) -> Floats:
@@ -227,13 +221,26 @@ def _same_draws(grouped: list[Floats]) -> Floats:
     return np.concatenate([np.pad(e, ((0, 0), (0, draws - e.shape[1]), (0, 0), (0, 0))) for e in grouped])
 
 
-def gram(rows: Floats) -> Floats:
-    """Interactions ``[G, S, G, S]`` of rows ``[N, D, G, S]``: the mean over samples of products of effects."""
+def second_order(rows: Floats) -> tuple[Floats, Floats]:
+    """Losses ``[G, S]`` and shrunk interactions ``[G, S, G, S]`` of rows ``[N, D, G, S]``.
+
+    Products of effects, averaged over few samples, are noisy. All interactions are multiplied by the share of their
+    squares, in units of the losses, that is not noise (Ledoit and Wolf, 2004, for covariances); the losses stay.
+    """
     N, D, G, S = rows.shape
-    flat = rows.reshape(N * D, G * S)
-    found: Floats = (flat.T @ flat / N).reshape(G, S, G, S)
-    found[np.arange(G), :, np.arange(G)] = 0.0
-    return found
+    flat = rows.reshape(N, D, G * S)
+    losses = 0.5 * np.square(flat).sum(1).mean(0)
+    products = np.einsum("nda,ndb->ab", flat, flat, optimize=True) / N
+    scale = np.sqrt(np.maximum(losses, 1e-300))
+    between = ~np.kron(np.eye(G, dtype=bool), np.ones((S, S), dtype=bool)) & (losses > 0) & (losses > 0)[:, None]
+    unit = flat / scale
+    squares = sum(np.square(np.einsum("da,db->ab", u, u)) for u in unit) / N
+    correlations = products / np.outer(scale, scale)
+    signal = np.square(correlations)[between].sum()
+    noise = (squares - np.square(correlations))[between].sum() / max(N - 1, 1)
+    share = float(np.clip(1 - noise / signal, 0, 1)) if signal > 0 else 0.0
+    interactions: Floats = np.where(between, share * products, 0).reshape(G, S, G, S)
+    return losses.reshape(G, S), interactions
 
 
 def _standard_error(values: Floats) -> Floats:

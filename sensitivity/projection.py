@@ -17,6 +17,8 @@ from mpq.trees import tensors_in
 # Elements of a buffer that still fits in the caches.
 _BUFFER_ELEMENTS = 1 << 23
 
+_FEW_DRAWS = 2
+
 # (input [n, ...], gradient [D, n, ...]) of whole samples -> gradients by sample and draw [D, n, weights].
 WeightGradients = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,10 +53,11 @@ def effects(
         The effects, and how many runs of the layer they took.
     """
     formats = dict.fromkeys(s.activation for s in schemes)
-    products = len(gradient) * sum(1 if a is None else 2 for a in formats)
     weight_gradients = _weight_gradients(bank.view.layers[layer.name], inputs, gradient, layout)
-    if weight_gradients is not None and products <= len(schemes) + 1:
-        return _by_weight_gradient(bank, layer, schemes, inputs, gradient, samples, weight_gradients), products
+    # Which way is taken must not depend on the other schemes: results in a store are joined bit for bit.
+    if weight_gradients is not None and len(gradient) <= _FEW_DRAWS:
+        found = _by_weight_gradient(bank, layer, schemes, inputs, gradient, samples, weight_gradients)
+        return found, len(gradient) * sum(1 if a is None else 2 for a in formats)
     exact = tensors_in(bank.run(layer, None, inputs))[which]
     rounded_inputs = {a: bank.inputs(layer, a, inputs) for a in formats}
     columns = []
@@ -85,20 +88,16 @@ def _weight_gradients(module: nn.Module, inputs: Inputs, gradient: Tensor, layou
         return None
     if type(module) is nn.Linear:
         return _linear_gradients
-    if (
-        type(module) is nn.Conv2d
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and gradient.dim() == 5
-    ):
-        conv = module
+    if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros" and gradient.dim() == 5:
+        conv, padding = module, module.padding
+        if isinstance(padding, str):
+            return None
 
         def conv_gradients(x: Tensor, g: Tensor) -> Tensor:
-            if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
+            if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and padding == (0, 0):
                 columns = x.flatten(2)
             else:
-                columns = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+                columns = F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
             return torch.matmul(g.flatten(3), columns.transpose(1, 2)).flatten(2)
 
         return conv_gradients
@@ -131,7 +130,6 @@ def _by_weight_gradient(
     found = torch.zeros(samples, len(gradient), len(schemes), dtype=torch.float64)
     for activation in dict.fromkeys(s.activation for s in schemes):
         columns = [i for i, s in enumerate(schemes) if s.activation == activation]
-        used = torch.stack([errors[schemes[i].weight] for i in columns], 1)
         rounded = bank.inputs(layer, activation, inputs)[0][0]
         for start in range(0, samples, step):
             part = slice(start, start + step)
@@ -140,8 +138,9 @@ def _by_weight_gradient(
                 by_sample = t.reshape(samples, *((each,) if each > 1 else ()), *t.shape[1:])
                 return weight_gradients(by_sample[part], gradient[:, part])
 
-            products = gradients(rounded) @ used
-            if activation is not None:
-                products += (gradients(rounded - x) @ weight.flatten())[..., None]
-            found[part, :, columns] = products.transpose(0, 1).double().cpu()
+            by_sample_and_draw = gradients(rounded)
+            change = 0.0 if activation is None else gradients(rounded - x) @ weight.flatten()
+            for i in columns:
+                products = by_sample_and_draw @ errors[schemes[i].weight] + change
+                found[part, :, i] = products.T.double().cpu()
     return found

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpq.errors import ConfigError
 from mpq.problem import Floats, pair_sum
 
-_VERSION = "2"
-_OPTIONAL = "interactions", "rows"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_VERSION = 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SensitivityTable:
     """Loss of each choice, measured once; every budget is solved from it.
 
@@ -33,6 +36,7 @@ class SensitivityTable:
             within a group.
         rows: Effects ``[N, D, G, S]`` of each sample and draw, or None. Half the squared sum over a pick's entries,
             summed over draws, is one sample's share of the predicted loss: `stderr_of` takes its spread.
+        ceiling: Losses saturate there: a predicted ``v`` becomes ``v / (1 + v / ceiling)``. This changes no order.
         provenance: Estimator, loss, seed, hashes, cost in forward passes.
     """
 
@@ -42,6 +46,7 @@ class SensitivityTable:
     stderr: Floats
     interactions: Floats | None = None
     rows: Floats | None = None
+    ceiling: float = math.inf
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def total(self, pick: ArrayLike) -> tuple[float, float]:
@@ -50,8 +55,9 @@ class SensitivityTable:
         return float(self.loss[picks].sum()), float(np.sqrt(np.square(self.stderr[picks]).sum()))
 
     def predict(self, pick: ArrayLike) -> float:
-        """Predicted loss of a pick ``[G]``, with interactions where the estimator gives them."""
-        return self.total(pick)[0] + pair_sum(self.interactions, pick)
+        """Predicted loss of a pick ``[G]``, with interactions where the estimator gives them, and never negative."""
+        value = max(self.total(pick)[0] + pair_sum(self.interactions, pick), 0.0)
+        return value / (1 + value / self.ceiling)
 
     def stderr_of(self, pick: ArrayLike) -> float:
         """Standard error of `predict`: the jackknife over samples where there are rows, else that of `total`."""
@@ -59,15 +65,75 @@ class SensitivityTable:
             return self.total(pick)[1]
         picked = self.rows[:, :, np.arange(len(self.groups)), np.asarray(pick, np.int64)]
         shares = 0.5 * np.square(picked.sum(2)).sum(1)
+        shares *= (1 - self.predict(pick) / self.ceiling) ** 2  # slope of the saturation
         # Leaving one sample out at a time gives just this for a mean.
         return float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else float("nan")
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Losses by group, see `mpq.viz.plot_sensitivity`."""
+        from mpq.viz.sensitivity import plot_sensitivity
+
+        return plot_sensitivity(self, ax)
+
+    def plot_interactions(self, schemes: str | None = None, ax: Axes | None = None) -> Axes:
+        """What groups do to each other, see `mpq.viz.plot_interactions`."""
+        from mpq.viz.sensitivity import plot_interactions
+
+        return plot_interactions(self, schemes, ax)
+
+    def __repr__(self) -> str:
+        about = f"{len(self.groups)} groups x {len(self.schemes)} schemes ({', '.join(self.schemes)})"
+        extras = [] if self.interactions is None else ["interactions"]
+        cost = self.provenance.get("forward_passes")
+        told = f"{self.provenance.get('estimator')}, {self.provenance.get('loss')}, {cost} forward passes"
+        return f"SensitivityTable({about}; {', '.join([told, *extras])})"
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """All that is in it as named arrays; `from_arrays` reads them."""
+        header = {
+            "version": _VERSION,
+            "groups": self.groups,
+            "schemes": self.schemes,
+            "ceiling": None if math.isinf(self.ceiling) else self.ceiling,
+            "provenance": dict(self.provenance),
+        }
+        text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
+        found = {"loss": self.loss, "stderr": self.stderr, "interactions": self.interactions, "rows": self.rows}
+        return {"header": text, **{k: a for k, a in found.items() if a is not None}}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], where: str) -> SensitivityTable:
+        """Read what `to_arrays` gave.
+
+        Raises:
+            ConfigError: If it is damaged or of another version; ``where`` says which.
+        """
+        try:
+            header = json.loads(arrays["header"].tobytes())
+            if header["version"] != _VERSION:
+                raise ConfigError(f"{where} is not a sensitivity table of version {_VERSION}")
+            table = cls(
+                tuple(header["groups"]),
+                tuple(header["schemes"]),
+                arrays["loss"],
+                arrays["stderr"],
+                arrays.get("interactions"),
+                arrays.get("rows"),
+                math.inf if header["ceiling"] is None else float(header["ceiling"]),
+                header["provenance"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{where} is a damaged sensitivity table: {error!r}") from None
+        shape = (len(table.groups), len(table.schemes))
+        wanted = {"loss": shape, "stderr": shape, "interactions": shape + shape}
+        fits = all(k not in arrays or arrays[k].shape == v for k, v in wanted.items())
+        if not fits or (table.rows is not None and (table.rows.ndim != 4 or table.rows.shape[2:] != shape)):
+            raise ConfigError(f"{where} is a damaged sensitivity table: its arrays don't fit its names")
+        return table
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
-        arrays = {"loss": self.loss, "stderr": self.stderr}
-        arrays |= {k: a for k in _OPTIONAL if (a := getattr(self, k)) is not None}
-        header = {"groups": self.groups, "schemes": self.schemes, "provenance": dict(self.provenance)}
-        save_file(arrays, path, {"mpq_sensitivity": _VERSION, "header": json.dumps(header, sort_keys=True)})
+        save_file(self.to_arrays(), path, {"mpq_sensitivity": str(_VERSION)})
         return Path(path)
 
     @classmethod
@@ -79,27 +145,10 @@ class SensitivityTable:
         """
         try:
             with safe_open(path, "numpy") as f:
-                metadata = f.metadata() or {}
+                version = (f.metadata() or {}).get("mpq_sensitivity")
                 arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:
             raise ConfigError(f"{path} is not a sensitivity table: {error}") from None
-        if metadata.get("mpq_sensitivity") != _VERSION:
+        if version != str(_VERSION):
             raise ConfigError(f"{path} is not a sensitivity table of version {_VERSION}")
-        try:
-            header = json.loads(metadata["header"])
-            table = cls(
-                tuple(header["groups"]),
-                tuple(header["schemes"]),
-                arrays["loss"],
-                arrays["stderr"],
-                *(arrays.get(k) for k in _OPTIONAL),
-                header["provenance"],
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path} is a damaged sensitivity table: {error!r}") from None
-        shape = (len(table.groups), len(table.schemes))
-        wanted = {"loss": shape, "stderr": shape, "interactions": shape + shape}
-        fits = all(k not in arrays or arrays[k].shape == v for k, v in wanted.items())
-        if not fits or (table.rows is not None and table.rows.shape[2:] != shape):
-            raise ConfigError(f"{path} is a damaged sensitivity table: its arrays don't fit its names")
-        return table
+        return cls.from_arrays(arrays, str(path))

@@ -12,8 +12,14 @@ from mpq.errors import ConfigError
 from mpq.losses import KLLoss, MSELoss, resolve_loss
 from mpq.sensitivity import SensitivityTable, influence
 from mpq.space import layer_scheme
-from mpq.testing import EstimatorContract, prepared, tiny_network
+from mpq.testing import EstimatorContract, dense_hessian, prepared, tiny_network, tiny_networks
 from mpq.view import preserved_state
+
+
+class TestAnchored(EstimatorContract):
+    @pytest.fixture
+    def estimator(self):
+        return "anchored"
 
 
 class TestInfluence(EstimatorContract):
@@ -66,6 +72,12 @@ def dense_form(view, space, calib, bank, loss, pick):
     return total / calib.num_samples
 
 
+def whole(table, pick):
+    """Predicted loss of a pick with all interactions as they were measured: not shrunk."""
+    picked = table.rows[:, :, np.arange(len(table.groups)), pick].sum(2)
+    return 0.5 * np.square(picked).sum(1).mean()
+
+
 @pytest.mark.parametrize("schemes", ["W2,W3", "W32A2,W32A4", "W2A3,W3:asymA8"], ids=["weights", "activations", "joint"])
 @pytest.mark.parametrize("loss", [KLLoss(), MSELoss()], ids=["kl", "mse"])
 def test_influence_equals_the_dense_gauss_newton_form(schemes, loss):
@@ -79,8 +91,63 @@ def test_influence_equals_the_dense_gauss_newton_form(schemes, loss):
             expected = dense_form(view, space, calib, bank, loss, pick)
             assert table.loss[g, s] == pytest.approx(expected, rel=1e-8, abs=1e-14)
     pick = [1, 0, 0, 1]
-    assert table.predict(pick) == pytest.approx(dense_form(view, space, calib, bank, loss, pick), rel=1e-8)
-    assert table.predict(pick) != pytest.approx(table.total(pick)[0], rel=1e-3)  # interactions are real
+    assert whole(table, pick) == pytest.approx(dense_form(view, space, calib, bank, loss, pick), rel=1e-8)
+    assert whole(table, pick) != pytest.approx(table.total(pick)[0], rel=1e-3)  # interactions are real
+
+
+@pytest.mark.parametrize("name", tiny_networks())
+def test_influence_equals_the_dense_hessian_on_every_kind_of_layer(name):
+    """At the float weights the Hessian of the divergence is the Gauss-Newton matrix."""
+    net, data = tiny_networks()[name]
+    view, space, calib, bank = prepared(net, data, "W2,W4")
+    with preserved_state(0):
+        table = influence(view, space, calib, bank, KLLoss(), exact=True, progress=False)
+    layers = [x for g in space.groups for x in g.layers]
+    hessian = dense_hessian(view, calib, KLLoss(), [x.name for x in layers])
+    blocks = np.split(np.arange(len(hessian)), np.cumsum([x.parameters for x in layers])[:-1])
+    assert len(layers) == len(space.groups)
+    errors = [[(bank.weight(x, s.weight) - view.weight(x.name)).flatten() for s in space.schemes] for x in layers]
+    for g, block in enumerate(blocks):
+        for s in range(2):
+            d = errors[g][s]
+            assert table.loss[g, s] == pytest.approx(0.5 * float(d @ hessian[block][:, block] @ d), rel=1e-7)
+    generator = np.random.default_rng(0)
+    for pick in generator.integers(0, 2, (3, len(layers))):
+        d = torch.cat([errors[g][s] for g, s in enumerate(pick)])
+        assert whole(table, pick) == pytest.approx(0.5 * float(d @ hessian @ d), rel=1e-7)
+
+
+def test_standard_errors_cover_the_truth():
+    """Over 200 data sets: the stated error of entries and of whole configs holds the mean of all of them."""
+    net, _ = tiny_networks()["linear"]
+    found, stated = [], []
+    for seed in range(200):
+        x = torch.randn(400, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        view, space, calib, bank = prepared(net, [x], "W2,W4")
+        with preserved_state(seed):
+            table = influence(view, space, calib, bank, KLLoss(), draws=1, seed=seed, progress=False)
+        pick = [0, 1]
+        found.append([*table.loss.flatten(), whole(table, pick)])
+        stated.append([*table.stderr.flatten(), table.stderr_of(pick)])
+    off = (np.array(found) - np.mean(found, 0)) / np.array(stated)
+    covered = (np.abs(off) < 2).mean(0)
+    assert ((covered > 0.88) & (covered < 0.99)).all()
+    assert (np.abs(off) < 4).all()
+
+
+def test_interactions_are_shrunk_where_samples_are_few():
+    net, _ = tiny_networks()["linear"]
+    x = torch.randn(400, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shares = []
+    for count in (4, 40, 400):
+        view, space, calib, bank = prepared(net, [x[:count]], "W2,W4")
+        with preserved_state(0):
+            table = influence(view, space, calib, bank, KLLoss(), draws=1, progress=False)
+        rows = table.rows.reshape(count, 4)
+        products = rows.T @ rows / count
+        shares.append(table.interactions[0, 0, 1, 0] / products[0, 2])
+    assert 0 <= shares[0] < shares[1] < shares[2] <= 1
+    assert shares[2] > 0.9
 
 
 def test_random_probes_estimate_the_exact_sum_within_their_standard_error():

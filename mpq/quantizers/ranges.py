@@ -14,6 +14,7 @@ from mpq.quantizers.formats import NumberFormat
 # Elements of the [candidates, blocks, elements] work buffer: 2 MiB of float32, so that it stays in cache.
 _BUFFER_ELEMENTS = 2**19
 _COARSE, _FINE = 16, 8
+_COARSE_SMALL, _SMALL_BLOCK = 96, 64
 
 
 def minmax_range(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +94,8 @@ def _errors(blocks: Tensor, lo: Tensor, hi: Tensor, ratios: Tensor, fmt: NumberF
 def mse_range(blocks: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     """Range with the least squared rounding error, found by shrinking the min-max range.
 
-    16 ratios over all sensible clips, then 8 around each block's best, for all blocks at once. The min-max
-    range itself is a candidate, so the result is never worse than `minmax_range`.
+    16 ratios over all sensible clips (96 for small blocks, whose error is a rough function of the clip), then 8 around
+    each block's best, for all blocks at once. The min-max range itself is a candidate, so the result is never worse than `minmax_range`.
 
     Returns:
         Lower and upper ends, both ``[blocks, 1]``.
@@ -103,13 +104,14 @@ def mse_range(blocks: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(blocks), device=blocks.device)
     # Low widths clip most of a bell curve (about 1/4 of its maximum at 2 bits), high ones nearly nothing.
     smallest = {1: 0.02, 2: 0.1, 3: 0.2, 4: 0.3}.get(fmt.bits, 0.5)
-    coarse = torch.linspace(smallest, 1.0, _COARSE, dtype=blocks.dtype, device=blocks.device)
+    count = _COARSE_SMALL if blocks.shape[1] <= _SMALL_BLOCK else _COARSE
+    coarse = torch.linspace(smallest, 1.0, count, dtype=blocks.dtype, device=blocks.device)
     ratios = coarse[:, None].expand(-1, len(blocks))
     errors = _errors(blocks, lo, hi, ratios, fmt)
     best = errors.argmin(0)
     best_ratio, best_error = ratios[best, rows], errors[best, rows]
 
-    step = (1.0 - smallest) / (_COARSE - 1)
+    step = (1.0 - smallest) / (count - 1)
     offsets = torch.linspace(-step, step, _FINE + 2, dtype=blocks.dtype, device=blocks.device)[1:-1]
     fine = (best_ratio + offsets[:, None]).clamp(smallest / 2, 1.0)
     errors = _errors(blocks, lo, hi, fine, fmt)

@@ -1,0 +1,193 @@
+"""Do sensitivities predict what mixed configs really lose, and does solving with them give better configs?
+
+    python benchmarks/sensitivity_quality.py [--quick] [--models resnet20 minilm] [--configs 150] [--parts ...]
+
+- prediction: random mixed configs of real models, weights alone and weights with activations; Spearman of predicted and
+  measured loss for the default and the classics.
+- allocation: weights only, five average bit widths, solved with each estimator; measured loss and accuracy.
+- tabular: all 65,536 configs of a small network (../shared/reference/tabular), sensitivities from calibration images.
+
+Measured losses are KL to the float model in nats (for the sentence encoder the squared distance of its embeddings) on
+data that no estimator has seen. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from real_models import MODELS, SHARED, shared_loader
+
+import mpq
+from mpq.comparison import Comparison, compare
+
+CLASSICS: dict[str, Any] = {
+    "trace x error": "hessian_trace",
+    "top eigenvalue": "top_eigenvalue",
+    "FIT": "fisher_trace",
+    "SQNR": "weight_sqnr",
+    "|w*g|": "gradient_saliency",
+    "squared gradient": "squared_gradient",
+}
+DEFAULT = {"default": "anchored", "second order": "influence"}
+WEIGHTS = "W2,W3,W4,W5,W6,W8"
+JOINT = ",".join(f"W{w}A{a}" for w in (2, 3, 4, 6, 8) for a in (4, 6, 8))
+AVERAGES = (2.5, 3, 3.5, 4, 5)
+# One product with the Hessian for each layer and step: hours on this one.
+TOO_SLOW = {"efficientnet_lite0": {"top eigenvalue"}, "minilm": {"top eigenvalue"}}
+
+
+def estimators(model: str) -> dict[str, Any]:
+    """Label -> estimator, without those that take hours."""
+    return {k: v for k, v in (DEFAULT | CLASSICS).items() if k not in TOO_SLOW.get(model, ())}
+
+
+def unit(model: str) -> float:
+    """What the measured loss is divided by: embeddings have 384 elements, whose mean squared error is measured."""
+    return 1 / 384 if model == "minilm" else 1.0
+
+
+def prediction(model: str, kind: str, configs: int, store: str) -> Comparison:
+    """Rank correlations on one model."""
+    net, calib, evaluation = MODELS[model]()
+    low, high = 1e-3 * unit(model), unit(model)
+    schemes = WEIGHTS if kind == "weights" else JOINT
+    options = {"max_samples": None, "store": store, "progress": False}
+    return compare(
+        net,
+        calib,
+        evaluation,
+        schemes,
+        estimators=estimators(model),
+        configs=configs,
+        loss_range=(low, high),
+        **options,
+    )
+
+
+def allocation(model: str, store: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Average bits -> estimator -> measured loss and accuracy."""
+    net, calib, evaluation = MODELS[model]()
+    evaluator = mpq.Evaluator(net, evaluation, progress=False)
+    found: dict[str, dict[str, dict[str, float | None]]] = {str(a): {} for a in AVERAGES}
+    for label, estimator in estimators(model).items():
+        analysis = mpq.analyze(net, calib, WEIGHTS, estimator=estimator, max_samples=None, store=store, progress=False)
+        for average in AVERAGES:
+            measured = evaluator.measure(analysis.allocate(f"avg_bits<={average}"))
+            loss = measured.kl if measured.kl is not None else (measured.mse or 0.0) / unit(model)
+            found[str(average)][label] = {"loss": loss, "accuracy": measured.accuracy}
+    return found
+
+
+def tabular(samples: int) -> dict[str, float]:
+    """Rank correlations and error on every config of the exhaustive table."""
+    from scipy.stats import spearmanr
+
+    load = shared_loader()
+    folder = SHARED / "reference" / "tabular"
+    sys.path.insert(0, str(folder))
+    from plain8_net import net as make
+
+    net = make()
+    net.load_state_dict(torch.load(folder / "plain8.pt", weights_only=True))
+    images, labels = (t[:samples] for t in load.fashion_mnist("calib"))
+    calib = list(zip(images.split(128), labels.split(128), strict=True))
+    truth = np.load(folder / "plain8.npz")["kl"].reshape(-1).astype(float)
+    picks = np.array(list(itertools.product(range(4), repeat=8)))
+    fine = (picks > 0).all(1)
+    found = {}
+    for label, estimator in {"default": "anchored", "second order": "influence"}.items():
+        table = mpq.analyze(
+            net.eval(), calib, "W2,W3,W4,W8", estimator=estimator, max_samples=None, progress=False
+        ).table
+        predicted = np.array([table.predict(p) for p in picks])
+        found[f"{label}: spearman without 2 bits"] = float(spearmanr(predicted[fine], truth[fine]).statistic)
+        found[f"{label}: spearman"] = float(spearmanr(predicted, truth).statistic)
+        found[f"{label}: error of log10"] = float(np.abs(np.log10(predicted / truth)).mean())
+    return found
+
+
+def at_least(value: float, goal: float) -> dict[str, Any]:
+    return {"value": round(value, 4), "goal": goal, "met": value >= goal}
+
+
+def at_most(value: float, goal: float) -> dict[str, Any]:
+    return {"value": round(value, 4), "goal": goal, "met": value <= goal}
+
+
+def allocation_goals(results: dict[str, Any]) -> dict[str, Any]:
+    """Share of wins against each classic, and the ratio to trace x error at 3.5 bits and below."""
+    wins, ratios = [], []
+    for table in results.values():
+        for average, row in table.items():
+            own = row["default"]["loss"]
+            wins += [own <= row[c]["loss"] * (1 + 1e-9) for c in CLASSICS if c in row]
+            if float(average) <= 3.5:
+                ratios.append(own / row["trace x error"]["loss"])
+    return {
+        "allocation_wins": at_least(float(np.mean(wins)), 0.9),
+        "allocation_ratio_to_trace": at_most(statistics.median(ratios), 0.6),
+    }
+
+
+def show_allocation(model: str, table: dict[str, Any]) -> None:
+    labels = list(next(iter(table.values())))
+    print(
+        f"\n{model}: measured loss (accuracy) of weights at average bits\n{'':<18}" + "".join(f"{a:>18}" for a in table)
+    )
+    for label in labels:
+        cells = []
+        for row in table.values():
+            accuracy = row[label]["accuracy"]
+            cells.append(f"{row[label]['loss']:.4f}" + ("" if accuracy is None else f" ({100 * accuracy:.1f} %)"))
+        print(f"{label:<18}" + "".join(f"{c:>18}" for c in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few configs of the bundled ResNet-20 only")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--parts", nargs="+", default=["weights", "joint", "allocation", "tabular"])
+    parser.add_argument("--configs", type=int, default=150)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.quick:
+        args.models, args.parts, args.configs = ["resnet20"], ["weights"], 20
+    results: dict[str, Any] = {"prediction": {}, "allocation": {}, "quick": args.quick}
+    goals: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as store:
+        for model in args.models:
+            for kind in [k for k in ("weights", "joint") if k in args.parts]:
+                found = prediction(model, kind, args.configs, store)
+                print(f"\n{model}, {kind}\n{found!r}", flush=True)
+                name = f"{model}_{kind}"
+                scores = {s.name: s.spearman for s in found.scores}
+                results["prediction"][name] = [{**row, "configs": len(found.measured)} for row in found.table()]
+                goals[f"spearman_{name}"] = at_least(scores["default"], 0.95 if "efficient" in model else 0.97)
+                best = max(v for k, v in scores.items() if k in CLASSICS)
+                goals[f"above_classics_{name}"] = at_least(scores["default"] - best, 0.0)
+                goals[f"interactions_help_{name}"] = at_least(scores["default"] - scores["second order"], 0.0)
+            if "allocation" in args.parts:
+                results["allocation"][model] = allocation(model, store)
+                show_allocation(model, results["allocation"][model])
+                sys.stdout.flush()
+    if results["allocation"]:
+        goals |= allocation_goals(results["allocation"])
+    if "tabular" in args.parts:
+        results["tabular"] = tabular(2048)
+        print("\n".join(f"{k:<45}{v:.4f}" for k, v in results["tabular"].items()))
+        goals["tabular_without_2_bits"] = at_least(results["tabular"]["default: spearman without 2 bits"], 0.99)
+        goals["tabular"] = at_least(results["tabular"]["default: spearman"], 0.95)
+        goals["tabular_error"] = at_most(results["tabular"]["default: error of log10"], 0.1)
+    print(json.dumps({"benchmark": "sensitivity_quality", "results": results, "goals": goals}))
+
+
+if __name__ == "__main__":
+    main()

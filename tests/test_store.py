@@ -1,0 +1,165 @@
+"""What was measured is found again, and nothing else; killed runs go on where they stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import mpq
+from mpq.errors import MpqError
+from mpq.store import ScoreStore
+from mpq.testing import tiny_network, tiny_networks
+
+
+def table(net, data, schemes="W2A8,W4A8", store=None, estimator="influence", **options):
+    return mpq.analyze(
+        net, data, schemes, estimator=estimator, estimator_options=options, store=store, progress=False
+    ).table
+
+
+def same(a, b):
+    for name in ("loss", "stderr", "interactions", "rows"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        assert x is None or x.tobytes() == y.tobytes()
+    assert a.ceiling == b.ceiling
+
+
+def test_entries_are_found_by_their_content_only(tmp_path):
+    store = ScoreStore(tmp_path).within(model="a")
+    assert store.get(x=1) is None
+    store.put({"v": np.arange(3)}, x=1)
+    assert store.get(x=1)["v"].tolist() == [0, 1, 2]
+    assert store.get(x=2) is None
+    assert ScoreStore(tmp_path).within(model="b").get(x=1) is None
+    assert ScoreStore(tmp_path).within(model="a").get(x=1)["v"].tolist() == [0, 1, 2]
+    assert store.get(x=1, model="b") is None  # context and entry may use one name
+
+
+def test_damaged_and_renamed_entries_are_ignored(tmp_path):
+    store = ScoreStore(tmp_path)
+    store.put({"v": np.arange(3)}, x=1)
+    store.put({"v": np.arange(4)}, x=2)
+    one, two = store._path(store.key(x=1)), store._path(store.key(x=2))
+    two.replace(one)  # holds another key
+    assert store.get(x=1) is None
+    one.write_bytes(one.read_bytes()[:-5])
+    assert store.get(x=1) is None
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("estimator", ["influence", "anchored", "weight_sqnr"])
+def test_a_second_run_measures_nothing_and_gives_the_same_bytes(tmp_path, estimator):
+    net, data = tiny_network()
+    first = table(net, data, store=tmp_path, estimator=estimator)
+    files = sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors"))
+    again = table(net, data, store=tmp_path, estimator=estimator)
+    same(first, table(net, data, estimator=estimator))
+    same(first, again)
+    assert files == sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors"))
+    if estimator == "influence":  # what is left is finding the batch axis and activation ranges
+        assert again.provenance["forward_passes"] == 3 < first.provenance["forward_passes"]
+
+
+def test_another_scheme_and_more_data_measure_only_what_is_missing(tmp_path):
+    net, data = tiny_network()
+    table(net, data[:1], "W2,W4", store=tmp_path)
+
+    def written():
+        return len(list(tmp_path.rglob("*.safetensors")))
+
+    assert written() == 2  # one batch, two schemes
+    more = table(net, data[:1], "W2,W3,W4", store=tmp_path)
+    assert written() == 3
+    same(more, table(net, data[:1], "W2,W3,W4"))
+    both = table(net, data, "W2,W3,W4", store=tmp_path)
+    assert written() == 6
+    same(both, table(net, data, "W2,W3,W4"))
+
+
+def test_other_weights_data_seeds_and_options_find_nothing(tmp_path):
+    net, data = tiny_network()
+    table(net, data, store=tmp_path)
+    changed, _ = tiny_network()
+    with torch.no_grad():
+        changed[0].weight[0, 0, 0, 0] += 1e-6
+    for other in (
+        lambda: table(changed, data, store=tmp_path),
+        lambda: table(net, [d + 1e-6 for d in data], store=tmp_path),
+        lambda: table(net, data, store=tmp_path, draws=1),
+        lambda: mpq.analyze(net, data, "W2A8,W4A8", estimator="influence", seed=1, store=tmp_path, progress=False),
+        lambda: mpq.analyze(net, data, "W2A8,W4A8", estimator="influence", loss="mse", store=tmp_path, progress=False),
+        lambda: mpq.analyze(
+            net, data, "W2A8,W4A8", estimator="influence", weight_range="minmax", store=tmp_path, progress=False
+        ),
+    ):
+        before = len(list(tmp_path.rglob("*.safetensors")))
+        other()
+        assert len(list(tmp_path.rglob("*.safetensors"))) == before + 4
+
+
+def test_a_loss_without_a_name_is_refused(tmp_path):
+    net, data = tiny_network()
+    with pytest.raises(MpqError, match="loss of your own"):
+        mpq.analyze(net, data, store=tmp_path, loss=lambda out, x: out.square().sum(1), progress=False)
+
+
+@pytest.mark.parametrize("name", ["conv", "attention", "shared"])
+def test_an_executor_gives_the_same_bytes(name):
+    net, data = tiny_networks()[name]
+    with ThreadPoolExecutor(2) as pool:
+        same(table(net, data * 3, executor=pool), table(net, data * 3))
+
+
+PROGRAM = """
+import sys
+import torch
+import mpq
+from mpq.bundled import load_example
+torch.set_num_threads(1)
+model, calib, _ = load_example()
+print("ready", flush=True)
+batches = [b[0][i:i + 8] for b in calib[:1] for i in range(0, 64, 8)]
+options = {"anchors": 6, "anchor_samples": 16}
+found = mpq.analyze(model, batches, "W2,W4", estimator_options=options, store=sys.argv[1], progress=False)
+found.table.save(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_ten_times_a_run_ends_with_the_same_bytes(tmp_path):
+    def start(store, out):
+        run = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, tmp_path / store, tmp_path / out],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert run.stdout.readline().strip() == b"ready"
+        return run
+
+    began = time.monotonic()
+    assert start("whole", "whole.safetensors").wait() == 0
+    seconds = time.monotonic() - began
+    kills, generator = 0, np.random.default_rng(0)
+    entries = []
+    while kills < 10:
+        run = start("killed", "killed.safetensors")
+        try:
+            run.wait(generator.uniform(0.02, 0.6) * seconds)
+            break  # it was done before it could be killed
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            kills += 1
+            entries.append(len(list((tmp_path / "killed").rglob("*.safetensors"))))
+    assert kills >= 3
+    assert entries == sorted(entries)  # nothing measured is lost
+    assert start("killed", "killed.safetensors").wait() == 0
+    whole, killed = (mpq.sensitivity.SensitivityTable.load(tmp_path / f"{n}.safetensors") for n in ("whole", "killed"))
+    same(whole, killed)
