@@ -19,9 +19,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Run the notebook in place, so that its stored output is real.
+# Run the notebooks in place, so that its stored output is real.
 notebook: $(VENV)/.test
-	$(BIN)/python -m jupyter execute --inplace --timeout=600 notebooks/01_pareto.ipynb
+	$(BIN)/python -m jupyter execute --inplace --timeout=600 notebooks/*.ipynb
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

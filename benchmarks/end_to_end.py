@@ -79,7 +79,7 @@ def main() -> None:
         seconds["influence"], table = cpu_seconds(
             lambda: influence(view, space, data, bank, KLLoss(), progress=False), repeats
         )
-        seconds["hessian trace, 16 probes"], traces = cpu_seconds(
+        seconds["hessian trace, to 5 %"], traces = cpu_seconds(
             lambda: hessian_trace(view, space, data, bank, KLLoss(), progress=False), 1
         )
         seconds["costs"], _ = cpu_seconds(lambda: [cost(space) for cost in COST_MODELS.values()], repeats)

@@ -146,7 +146,7 @@ def compare(
     eval_data: Iterable[Any],
     schemes: str | Iterable[str | Scheme] = "W2A8,W3A8,W4A8,W8A8",
     *,
-    estimators: Iterable[str] | Mapping[str, Choice] = ("influence", "hessian_trace"),
+    estimators: Iterable[str] | Mapping[str, Choice] = ("anchored", "influence", "hessian_trace"),
     configs: int = 40,
     loss_range: tuple[float, float] = (0.001, 1.0),
     confidence: float = 0.95,
@@ -211,7 +211,7 @@ def compare(
     drawing.report(len(found))
     picks = np.array([pick for pick, _ in found])
     measured = np.array([loss for _, loss in found])
-    predictions = {k: np.array([a.table.predict(p) for p in picks]) for k, a in analyses.items()}
+    predictions = {k: a.table.predict_all(picks) for k, a in analyses.items()}
     units = {k: a.table.provenance.get("unit", a.provenance["loss"]) for k, a in analyses.items()}
     intervals = bootstrap(measured, predictions, confidence, seed)
     scores = [

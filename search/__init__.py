@@ -9,6 +9,7 @@ from typing import Protocol
 from mpq.problem import Problem, Solution
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.ilp import Ilp
+from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 
@@ -20,13 +21,17 @@ class Solver(Protocol):
         """Pick one scheme per group: least loss under the constraints."""
 
 
-SOLVERS: dict[str, type[Solver]] = {"knapsack": Knapsack, "ilp": Ilp, "exhaustive": Exhaustive}
+SOLVERS: dict[str, type[Solver]] = {
+    "knapsack": Knapsack,
+    "ilp": Ilp,
+    "interaction": Interaction,
+    "exhaustive": Exhaustive,
+}
 
 
 def auto_solver(problem: Problem) -> Solver:
-    """The exact solver for a problem: the knapsack for one row, the integer program for several."""
-    rows = sum(c.cost.shape[2] for c in problem.constraints)
-    return Knapsack() if rows <= 1 else Ilp()
+    """The solver for a problem: with interactions its own; else the knapsack for one row, the ilp for several."""
+    return separable_solver(problem) if problem.interactions is None else Interaction()
 
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "Exhaustive",
     "FrontierPicks",
     "Ilp",
+    "Interaction",
     "Knapsack",
     "Solver",
     "auto_solver",

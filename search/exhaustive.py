@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpq.errors import MpqError
-from mpq.problem import Ints, Problem, Solution, infeasible, solved
+from mpq.problem import Floats, Ints, Problem, Solution, infeasible, solved
 
 _CHUNK = 2**16
 
@@ -33,7 +33,7 @@ class Exhaustive:
         started = time.perf_counter()
         best, best_loss = None, np.inf
         for picks in self.all_picks(problem):
-            loss = problem.loss[np.arange(len(problem.loss)), picks].sum(1)
+            loss = totals(problem, picks)
             for i in np.flatnonzero(loss < best_loss):
                 if loss[i] < best_loss and problem.feasible(picks[i]):
                     best, best_loss = picks[i], loss[i]
@@ -55,3 +55,13 @@ class Exhaustive:
         for first in range(0, total, _CHUNK):
             index = np.arange(first, min(total, first + _CHUNK))
             yield np.stack(np.unravel_index(index, (S,) * G), 1) if G else np.zeros((1, 0), np.int64)
+
+
+def totals(problem: Problem, picks: Ints) -> Floats:
+    """Total losses of many picks ``[n, G]``, interactions included ``[n]``."""
+    groups = np.arange(len(problem.loss))
+    found: Floats = problem.loss[groups, picks].sum(1)
+    if problem.interactions is not None:
+        for g in groups:
+            found = found + problem.interactions[g, picks[:, [g]], groups[:g], picks[:, :g]].sum(1)
+    return found

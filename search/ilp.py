@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pulp
 
+from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem, Solution, Status, infeasible, solved
 
 # HiGHS works with absolute tolerances, here on numbers scaled to about one.
@@ -35,8 +36,14 @@ class Ilp:
     seed: int = 0
 
     def solve(self, problem: Problem) -> Solution:
-        """Solve a problem."""
+        """Solve a problem.
+
+        Raises:
+            MpqError: If the problem has interactions.
+        """
         started = time.perf_counter()
+        if problem.interactions is not None:
+            raise MpqError("the ilp takes no interactions; use the interaction solver")
         if not len(problem.loss):
             return solved(problem, [], 0.0, 0.0, "ilp", proven=True)
         least = problem.loss.min(1, keepdims=True)

@@ -37,9 +37,11 @@ class Knapsack:
         """Solve a problem.
 
         Raises:
-            MpqError: If the problem has several constraints or rows.
+            MpqError: If the problem has several constraints or rows, or interactions.
         """
         started = time.perf_counter()
+        if problem.interactions is not None:
+            raise MpqError("the knapsack takes no interactions; use the interaction solver")
         if len(problem.constraints) > 1 or any(c.cost.shape[2] > 1 for c in problem.constraints):
             raise MpqError("the knapsack takes one constraint with one row; use the ilp solver")
         name, cost, limit = _single(problem)

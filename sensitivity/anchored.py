@@ -44,7 +44,7 @@ def anchored(
     loss: OutputLoss,
     *,
     anchors: int = 32,
-    anchor_samples: int = 128,
+    anchor_samples: int = 256,
     draws: int = 2,
     exact: bool = False,
     executor: Executor | None = None,
@@ -208,7 +208,7 @@ def choose(
     candidates = [draw() for _ in range(_CANDIDATES) for draw in (priced, random)]
     picks: Ints = np.unique(np.array(candidates, np.int64), axis=0)
     picks = picks[generator.permutation(len(picks))]
-    predicted = np.log([max(table.predict(p), 1e-12 * ceiling) for p in picks])
+    predicted = np.log(np.maximum(table.predict_all(picks), 1e-12 * ceiling))
     low = max(np.log(_SMALLEST * ceiling), predicted.min())
     high = min(np.log(_LARGEST * ceiling), predicted.max())
     taken: list[int] = []

@@ -61,8 +61,9 @@ def measured_pairs(
         data: Calibration data.
         bank: Quantized weights and activation ranges.
         loss: What is protected.
-        psd: Replace the matrix of CLADO's quadratic form (interactions, and twice the losses on its diagonal) by the
-            nearest positive semidefinite one, as CLADO does for its convex solver. This changes losses too.
+        psd: Replace the matrix of CLADO's quadratic form (interactions, twice the losses on its diagonal, zero between
+            schemes of one group) by the nearest positive semidefinite one, as CLADO does for its convex solver. This
+            changes losses too.
         seed: Unused: the measure is deterministic.
         progress: Show a bar.
 
@@ -163,8 +164,9 @@ def shapley(
     Progressive estimation of IMPQ (Zhao et al., 2025, arXiv:2509.15455): all groups are quantized to a baseline scheme,
     then one after the other, in random order, to a lower one; the rise of the loss at a group's step is its marginal
     effect, and the mean over orders its Shapley value. The step from float to the baseline is shared out in the same
-    way, so that the losses of a scheme sum to the measured loss of the model with that scheme everywhere: groups share
-    their interactions evenly. Every order is also run in reverse, which cancels the part of pairs in the noise.
+    way, so that the losses of a scheme sum to the measured loss of the model with that scheme everywhere (before those
+    below zero are cut off): groups share their interactions evenly. Every order is also run in reverse, which cancels
+    the part of pairs in the noise.
 
     Args:
         view: The model.

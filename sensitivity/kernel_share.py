@@ -64,7 +64,9 @@ def kernel_share(
     rounds_inputs = has_activations(space)
     if rounds_inputs:
         shares = shares + grouped(space, _input_shares(view, space, data, bank, progress))
-    return table_of(space, shares, np.zeros_like(shares), "kernel_share", int(rounds_inputs), loss=loss.name)
+    return table_of(
+        space, shares, np.zeros_like(shares), "kernel_share", int(rounds_inputs), loss=loss.name, unit="share"
+    )
 
 
 def _lost(exact: Tensor, rounded: Tensor) -> float:

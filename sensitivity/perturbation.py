@@ -89,7 +89,8 @@ def perturbation(
     shares = np.concatenate(rows)
     parts = shares if all(by_sample) else np.stack([r.sum(0) for r in rows]) * len(rows) / len(shares)
     losses, stderr, cost = np.maximum(shares.mean(0), 0), standard_error(parts), 1 + space.allowed.size
-    return table_of(space, losses, stderr, "perturbation", cost, loss=loss.name, measure=measure)
+    unit = loss.name if measure == "loss" else measure
+    return table_of(space, losses, stderr, "perturbation", cost, loss=loss.name, measure=measure, unit=unit)
 
 
 def _measured(
@@ -205,8 +206,9 @@ def smallest_precision(
 
     AdaPT (Kummer et al., 2021, arXiv:2107.13490, "push down") takes the lowest precision whose weights have the same
     distribution at some resolution: with ``p`` and ``q`` the histograms of float and rounded weights over equal bins
-    between the smallest and the largest weight, ``sum(p * log(p / q))`` in nats. It is infinite as soon as a bin loses
-    all its weights, which is information lost. Needs no data; AdaPT uses it during training, with random rounding.
+    between the smallest and the largest weight, ``sum(p * log(p / q))`` in nats. Half a weight is added to every bin:
+    a single weight that rounding moves over a bin's edge is no infinite loss. Needs no data. (AdaPT asks this during
+    training, of weights rounded at random.)
 
     Args:
         view: The model.
@@ -237,8 +239,5 @@ def _divergence(weight: Tensor, rounded: Tensor, bins: int) -> float:
     """Divergence of the histogram of rounded values from that of the exact ones, in nats."""
     low, high = float(weight.min()), float(weight.max())
     exact, changed = (t.detach().double().cpu().numpy().clip(low, high) for t in (weight, rounded))
-    p, q = (np.histogram(values, bins, (low, high))[0] / values.size for values in (exact, changed))
-    seen = p > 0
-    if (q[seen] == 0).any():
-        return float("inf")
-    return max(float((p[seen] * np.log(p[seen] / q[seen])).sum()), 0.0)
+    p, q = (np.histogram(values, bins, (low, high))[0] + 0.5 for values in (exact, changed))
+    return max(float((p * np.log(p / q)).sum() / p.sum()), 0.0)

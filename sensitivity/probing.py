@@ -102,7 +102,7 @@ def estimate(
     Probes come in rounds, each at most as large as all before it. Every term has its own variance, taken over the
     probes of one round, so that few probes of many samples give a standard error with many degrees of freedom. A stop
     that depends on the estimate favours estimates that look certain; with standard errors known from at least 16
-    degrees of freedom that bias stays well below the standard error (`tests/test_hessian.py` measures it).
+    degrees of freedom that bias stays well below the standard error (`tests/test_probing.py` measures it).
 
     Args:
         probing: What to estimate.

@@ -212,7 +212,7 @@ def activation_saliency(
 
     scores = grouped(space, input_sums(view, space, data, read, "activation saliency", progress)) / data.num_samples
     # The layers run a second time, forward and backward.
-    return table_of(space, scores, np.zeros_like(scores), "activation_saliency", 3, loss=loss.name)
+    return table_of(space, scores, np.zeros_like(scores), "activation_saliency", 3, loss=loss.name, unit="output power")
 
 
 def _input_power(view: ModelView, layer: LayerSpec, inputs: Inputs) -> Tensor:
@@ -266,7 +266,7 @@ def outlier_share(
     rounds_inputs = has_activations(space)
     if rounds_inputs:
         scores = scores + grouped(space, _input_outliers(view, space, data, bank, sigmas, progress))
-    provenance = {"loss": loss.name, "sigmas": sigmas}
+    provenance = {"loss": loss.name, "sigmas": sigmas, "unit": "score"}
     return table_of(space, scores, np.zeros_like(scores), "outlier_share", int(rounds_inputs), **provenance)
 
 
@@ -334,7 +334,7 @@ def lim(
         for x, names in around.items()
     }
     scores = by_group(space, lambda x, s: turn[x.name] * relative_error(view, bank, x, s))
-    return table_of(space, scores, np.zeros_like(scores), "lim", 1, loss=loss.name)
+    return table_of(space, scores, np.zeros_like(scores), "lim", 1, loss=loss.name, unit="score")
 
 
 def _enclosing(name: str) -> list[str]:

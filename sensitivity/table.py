@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpq.errors import ConfigError
-from mpq.problem import Floats, pair_sum
+from mpq.problem import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _VERSION = 2
+_CHUNK = 1 << 22  # elements of a work array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +57,19 @@ class SensitivityTable:
 
     def predict(self, pick: ArrayLike) -> float:
         """Predicted loss of a pick ``[G]``, with interactions where the estimator gives them, and never negative."""
-        value = max(self.total(pick)[0] + pair_sum(self.interactions, pick), 0.0)
+        return float(self.predict_all(np.asarray(pick, np.int64)[None])[0])
+
+    def predict_all(self, picks: ArrayLike) -> Floats:
+        """`predict` for many picks ``[K, G]`` at once, ``[K]``."""
+        chosen = np.asarray(picks, np.int64)
+        G, S = self.loss.shape
+        columns = chosen + np.arange(G) * S
+        value: Floats = self.loss.reshape(-1)[columns].sum(1)
+        if self.interactions is not None:
+            pairs = self.interactions.reshape(G * S, G * S)
+            for part in np.array_split(np.arange(len(chosen)), max(1, len(chosen) * G * G // _CHUNK)):
+                value[part] += 0.5 * pairs[columns[part, :, None], columns[part, None, :]].sum((1, 2))
+        value = np.maximum(value, 0.0)
         return value / (1 + value / self.ceiling)
 
     def stderr_of(self, pick: ArrayLike) -> float:

@@ -54,7 +54,7 @@ def weight_sqnr(
         A table of ratios (no unit), summed over the layers of a group; standard errors are zero.
     """
     ratios = by_group(space, lambda x, s: relative_error(view, bank, x, s))
-    return table_of(space, ratios, np.zeros_like(ratios), "weight_sqnr", 0, loss=loss.name)
+    return table_of(space, ratios, np.zeros_like(ratios), "weight_sqnr", 0, loss=loss.name, unit="noise over signal")
 
 
 def zd(
@@ -91,7 +91,7 @@ def zd(
     """
     near = {x.name: 1 - _far_share(view.weight(x.name)) for x in space.layers}
     scores = by_group(space, lambda x, s: near[x.name] * relative_error(view, bank, x, s))
-    return table_of(space, scores, np.zeros_like(scores), "zd", 0, loss=loss.name)
+    return table_of(space, scores, np.zeros_like(scores), "zd", 0, loss=loss.name, unit="score")
 
 
 def _far_share(weight: torch.Tensor) -> float:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import mpq
-from mpq.errors import BudgetError, ConfigError, DataError, GraphError
+from mpq.errors import BudgetError, ConfigError, DataError, GraphError, MpqError
 from mpq.problem import Problem
 from mpq.search import Exhaustive
 
@@ -37,15 +38,26 @@ def test_several_budgets_hold_at_once(analysis):
     cfg = analysis.allocate(["size<=13%", "bitops<=3%"])
     assert cfg.size_bytes <= 0.13 * cfg.metrics["size"]["float"]
     assert cfg.metrics["bitops"]["value"] <= 0.03 * cfg.metrics["bitops"]["float"]
-    assert cfg.solver["name"] == "ilp"
+    assert cfg.solver["name"] == "interaction"
     assert cfg.predicted["loss"] >= analysis.allocate("size<=13%").predicted["loss"]
 
 
 @pytest.mark.parametrize("solver", ["knapsack", "ilp"])
 def test_solvers_agree(analysis, solver):
-    cfg = analysis.allocate("size<=12%", solver=solver)
+    with pytest.raises(MpqError, match="takes no interactions"):
+        analysis.allocate("size<=12%", solver=solver)
+    separable = replace(analysis, table=replace(analysis.table, interactions=None))
+    cfg = separable.allocate("size<=12%", solver=solver)
     assert cfg.solver["name"] == solver
-    assert cfg.predicted["loss"] == pytest.approx(analysis.allocate("size<=12%").predicted["loss"], rel=1e-9)
+    assert cfg.predicted["loss"] == pytest.approx(separable.allocate("size<=12%").predicted["loss"], rel=1e-9)
+
+
+def test_solving_with_interactions_is_no_worse_than_without(analysis):
+    separable = replace(analysis, table=replace(analysis.table, interactions=None))
+    for budget in ("avg_bits<=2.5", "avg_bits<=3", "avg_bits<=4"):
+        cfg = analysis.allocate(budget)
+        pick = [analysis.table.schemes.index(str(separable.allocate(budget)[n].scheme)) for n in analysis.table.groups]
+        assert cfg.predicted["with_interactions"] <= analysis.table.predict(pick) + 1e-15
 
 
 def test_unreachable_budget_says_what_is_reachable(analysis):
@@ -115,7 +127,7 @@ def test_bad_layer_names_are_refused(example, options, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"estimator": "magic"}, "unknown estimator 'magic'; known: influence, hessian_trace"),
+        ({"estimator": "magic"}, "unknown estimator 'magic'; known: anchored, influence, hessian_trace"),
         ({"loss": "l7"}, "unknown loss 'l7'"),
         ({"device": "gpu9000"}, "unknown device"),
         ({"weight_range": "median"}, "unknown range method"),
@@ -210,7 +222,8 @@ def test_batches_of_any_kind_give_the_same_answer():
         ([torch.stack([x, y], 1)], {"forward": lambda model, batch: model(batch[:, 0], batch[:, 1])}),
         (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8), {}),
     ]
-    losses = [mpq.analyze(net, data, "W2A8,W4A8", progress=False, **opts).table.loss for data, opts in forms]
+    exact = {"estimator": "influence", "estimator_options": {"exact": True}}  # probes are drawn by content
+    losses = [mpq.analyze(net, data, "W2A8,W4A8", progress=False, **exact, **opts).table.loss for data, opts in forms]
     for loss in losses[1:]:
         np.testing.assert_array_equal(loss, losses[0])
 
@@ -272,9 +285,10 @@ def test_frontier(analysis):
     assert [c.size_bytes for c in front[:3]] == front.cost[:3].tolist()
     cfg = front.at("size<=12%")
     assert cfg.size_bytes <= 0.12 * cfg.metrics["size"]["float"]
-    # No point of the frontier within the budget predicts less loss.
-    within = front.loss[front.cost <= 0.12 * cfg.metrics["size"]["float"]]
-    assert cfg.predicted["loss"] <= within.min() + 1e-15
+    # The frontier's points are best without interactions; with them, none within the budget predicts less loss.
+    within = np.flatnonzero(front.cost <= 0.12 * cfg.metrics["size"]["float"])
+    for k in within[-20:]:
+        assert cfg.predicted["with_interactions"] <= front[int(k)].predicted["with_interactions"] + 1e-15
     data = json.loads(front.to_json())
     assert len(data["points"]) == len(front)
     assert data["points"][0]["schemes"]["conv1"] == "W2A8"

@@ -184,7 +184,6 @@ def test_layers_called_by_keyword():
     torch.manual_seed(0)
     net, plain, x = Keywords(), nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
     plain[0].load_state_dict(net.h.state_dict())
-    # A keyword takes the general way, one run for each scheme: the same numbers but for rounding.
     np.testing.assert_allclose(losses(net, x, "W4A4"), losses(plain, x, "W4A4"), rtol=1e-5)
     cfg = mpq.allocate(net, x, "avg_bits<=4", "W4A4", progress=False)
     twin = mpq.allocate(plain, x, "avg_bits<=4", "W4A4", progress=False)

@@ -14,7 +14,7 @@ from mpq.quantizers import fake_quantize
 
 def losses(net, data, schemes="W2,W4", **options):
     """Predicted losses ``[G, S]``."""
-    return mpq.analyze(net, data, schemes, progress=False, **options).table.loss
+    return mpq.analyze(net, data, schemes, estimator="influence", progress=False, **options).table.loss
 
 
 class Tokens(nn.Module):
@@ -197,7 +197,7 @@ def test_batches_of_any_kind_with_forward():
     opaque = [SimpleNamespace(pixels=x[:6]), SimpleNamespace(pixels=x[6:])]
     # Probes are drawn by content, which differs: the exact sum needs none.
     exact = {"estimator_options": {"exact": True}}
-    options = {"forward": lambda model, batch: model(batch.pixels), **exact}
+    options = {"forward": lambda model, batch: model(batch.pixels), "estimator": "influence", **exact}
     analysis = mpq.analyze(net, opaque, "W2,W4", progress=False, **options)
     assert analysis.provenance["samples"] == 10
     # Without tensors to shorten, rows are told by shapes; the numbers are those of plain batches.

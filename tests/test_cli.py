@@ -40,7 +40,7 @@ def test_show(saved):
     result = runner.invoke(app, ["show", str(saved[1])])
     assert result.exit_code == 0
     assert "layer3.2.conv2" in result.output
-    assert "knapsack: optimal for avg_bits<=4" in result.output
+    assert "interaction: optimal for avg_bits<=4" in result.output
 
 
 def test_compare(saved):

@@ -30,7 +30,7 @@ def test_json_follows_the_published_schema(cfg):
 
 def test_provenance_is_complete(cfg):
     provenance = cfg.provenance
-    assert provenance["estimator"] == "influence"
+    assert provenance["estimator"] == "anchored"
     assert provenance["loss"] == "kl"
     assert provenance["samples"] == 256
     assert len(provenance["model_hash"]) == len(provenance["data_hash"]) == 64
@@ -118,7 +118,7 @@ def test_is_a_mapping_with_readable_reprs(cfg):
     assert cfg.schemes()["fc"] == str(cfg["fc"].scheme)
     assert isinstance(cfg, BitConfig)
     assert "measured accuracy 90.00% (float 95.00%)" in repr(cfg)
-    assert "knapsack: optimal for avg_bits<=4, gap 0" in repr(cfg)
+    assert "interaction: optimal for avg_bits<=4, gap 0" in repr(cfg)
     assert "<b>W8A8</b>" in cfg._repr_html_()
 
 

@@ -94,8 +94,9 @@ def _errors(blocks: Tensor, lo: Tensor, hi: Tensor, ratios: Tensor, fmt: NumberF
 def mse_range(blocks: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     """Range with the least squared rounding error, found by shrinking the min-max range.
 
-    16 ratios over all sensible clips (96 for small blocks, whose error is a rough function of the clip), then 8 around
-    each block's best, for all blocks at once. The min-max range itself is a candidate, so the result is never worse than `minmax_range`.
+    16 ratios over all sensible clips (96 for small blocks, whose error is a rough function of the clip), then 8
+    around each block's best, for all blocks at once. The min-max range itself is a candidate, so the result is never
+    worse than `minmax_range`.
 
     Returns:
         Lower and upper ends, both ``[blocks, 1]``.
