@@ -42,12 +42,12 @@ def random_interacting(seed, **size):
     return interacting(random_problem(rng, ties=kind == "whole", **size), rng, kind)
 
 
-def network(G, S=5, seed=0, share=0.4):
-    """A problem like that of a network: errors fall with the bits and correlate between layers."""
+def network(G, S=5, seed=0, share=0.4, rank=4):
+    """A problem like that of a network: errors fall with the bits and correlate between layers, more at low rank."""
     rng = np.random.default_rng(seed)
     bits = np.array([2.0, 3, 4, 6, 8, 10])[:S]
-    factor = rng.standard_normal((4 * G, G, S)) * 2.0**-bits * rng.lognormal(0, 0.7, (G, 1))
-    pairs = np.einsum("rgs,rht->gsht", factor, factor)
+    factor = rng.standard_normal((rank * G, G, S)) * 2.0**-bits * rng.lognormal(0, 0.7, (G, 1))
+    pairs = np.tensordot(factor, factor, (0, 0))
     loss = np.einsum("gsgs->gs", pairs).copy() / 2
     pairs[np.arange(G), :, np.arange(G)] = 0.0
     cost = np.round(rng.lognormal(5, 1, (G, 1))) * bits
@@ -57,10 +57,9 @@ def network(G, S=5, seed=0, share=0.4):
 
 def feasible_picks(problem):
     """All feasible picks ``[n, G]`` and their objectives, one by one."""
-    picks = [
-        p for p in itertools.product(range(problem.loss.shape[1]), repeat=len(problem.loss)) if problem.feasible(p)
-    ]
-    return np.array(picks, int).reshape(-1, len(problem.loss)), np.array([problem.objective(p) for p in picks])
+    G, S = problem.loss.shape
+    picks = [p for p in itertools.product(range(S), repeat=G) if problem.feasible(p)]
+    return np.array(picks, int).reshape(-1, G), np.array([problem.objective(p) for p in picks])
 
 
 class InteractionContract(SolverContract):
@@ -160,10 +159,11 @@ def test_bounds_hold_after_any_number_of_iterations(seed, rows, constraints, ite
         value, forced = bound.bound()
         assert np.isinf(forced[~bound.keep]).all()
         kept = bound.keep[np.arange(bound.keep.shape[0]), picks].all(1)
-        assert value <= (objectives[kept] / scale).min(initial=np.inf) + 1e-9
+        rounding = 1e-9 * max(1, abs(value))
+        assert value <= (objectives[kept] / scale).min(initial=np.inf) + rounding
         for g, s in np.argwhere(bound.keep):
             taking = objectives[kept & (picks[:, g] == s)] / scale
-            assert value - 1e-9 <= forced[g, s] <= taking.min(initial=np.inf) + 1e-9
+            assert value - rounding <= forced[g, s] <= taking.min(initial=np.inf) + rounding
         keep = bound.keep.copy()
         keep[0] = np.arange(keep.shape[1]) == keep[0].argmax()
         bound = bound.narrowed(keep)
@@ -205,7 +205,7 @@ def test_separable_bound_holds(seed, rows):
 def test_descent_ends_where_no_change_of_one_or_two_groups_helps(chunk, monkeypatch):
     monkeypatch.setattr(local_search, "_CHUNK", chunk)
     moved = 0
-    for seed in range(25):
+    for seed in range(40):
         problem = random_interacting(seed, rows=2)
         start = Ilp().solve(Problem(problem.loss, problem.constraints)).pick
         if start is None or len(problem.loss) < 2:
@@ -251,8 +251,8 @@ def test_several_constraints_are_met_and_proven():
 
 def test_work_that_ends_early_is_not_called_optimal(monkeypatch):
     """And is reproducible, pick and bound."""
-    monkeypatch.setattr(interaction, "_CUBES", 1.2e8)
-    problem = network(22, share=0.6)
+    monkeypatch.setattr(interaction, "_CUBES", 1e8)
+    problem = network(16, rank=1)
     a, b = (Interaction(restarts=5).solve(problem) for _ in range(2))
     assert a.status is Status.FEASIBLE
     assert 0 < a.bound < a.objective
