@@ -44,12 +44,12 @@ def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(f"predicted {_LOSSES.get(name, name)}")
     _label_groups(ax, table, "x")
     ax.grid(True, axis="y", which="major", alpha=0.3)
-    ax.legend(title="scheme", frameon=False, ncols=2)
+    ax.legend(title="scheme", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
 def plot_interactions(table: SensitivityTable, schemes: str | None = None, ax: Axes | None = None) -> Axes:
-    """Heat map of how groups' errors amplify (orange) or cancel (blue) each other.
+    """Heat map of how groups' errors amplify (orange) or cancel (purple) each other.
 
     Args:
         table: With interactions.
