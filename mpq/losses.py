@@ -58,7 +58,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 @dataclass(frozen=True)
 class KLLoss:
-    """Kullback-Leibler divergence from the float model's class probabilities, in nats, mean over positions.
+    """Kullback-Leibler divergence from the float model's class probabilities, in nats, mean or sum over positions.
 
     Logits are ``[B, C]``, tokens ``[B, T, C]`` or maps ``[B, C, H, W]``. Positions that a batch's ``attention_mask``
     hides don't count. The Hessian of one position is ``diag(p) - p p^T``; its random factor here is
@@ -67,29 +67,52 @@ class KLLoss:
 
     Attributes:
         probabilities: The outputs are probabilities already.
+        reduction: Over the positions of a sample: ``mean``, so that every sequence counts the same, or ``sum``, so that
+            every token does.
+        draw: What probes are made of: random ``signs``; labels ``sampled`` from the model's predictions; or the batch's
+            ``true`` labels (empirical Fisher), which measure the loss on labels where the model errs.
+        positions: Probes look at this many random positions of each sample; None for all. Same expectation, less
+            memory where the vocabulary is large.
     """
 
     probabilities: bool = False
     name: str = "kl"
+    reduction: str = "mean"
+    draw: str = "signs"
+    positions: int | None = None
 
-    def _log_probabilities(self, output: Any) -> Tensor:
-        """``[B, P, C]``: samples, positions, classes."""
-        z = logits_of(output)
-        if z is None or z.dim() < 2:
-            raise MpqError("the kl loss needs logits with a class axis; use loss='mse' or a callable")
-        z = z.movedim(1, -1).flatten(1, -2) if z.dim() > 3 else z
-        z = z[:, None] if z.dim() == 2 else z
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum") or self.draw not in ("signs", "sampled", "true"):
+            raise MpqError(
+                f"reduction is 'mean' or 'sum' and draw 'signs', 'sampled' or 'true', not {self.reduction!r} and "
+                f"{self.draw!r}"
+            )
+        if self.positions is not None and self.positions < 1:
+            raise MpqError(f"positions must be at least 1, not {self.positions}; None takes all")
+
+    def _log_probabilities(self, output: Any, chosen: Tensor | None = None) -> Tensor:
+        """``[B, P, C]``: samples, positions (all or those chosen ``[B, P]``), classes."""
+        z = self._logits(output)
+        z = z if chosen is None else z.gather(1, chosen[..., None].expand(-1, -1, z.shape[2]))
         z = z if z.dtype == torch.float64 else z.float()
         return z.clamp_min(torch.finfo(z.dtype).tiny).log() if self.probabilities else F.log_softmax(z, -1)
 
     @staticmethod
-    def _position_weights(log_p: Tensor, batch: Batch) -> Tensor:
-        """``[B, P]``, sums to one over the positions of each sample."""
+    def _logits(output: Any) -> Tensor:
+        z = logits_of(output)
+        if z is None or z.dim() < 2:
+            raise MpqError("the kl loss needs logits with a class axis; use loss='mse' or a callable")
+        z = z.movedim(1, -1).flatten(1, -2) if z.dim() > 3 else z
+        return z[:, None] if z.dim() == 2 else z
+
+    def _position_weights(self, z: Tensor, batch: Batch) -> Tensor:
+        """``[B, P]``: what each position of logits or log-probabilities ``[B, P, C]`` counts; hidden ones nothing."""
         mask = batch.kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == log_p.shape[:2]:
-            weights = mask.to(log_p.device, log_p.dtype)
-            return weights / weights.sum(1, keepdim=True).clamp_min(1)
-        return torch.full(log_p.shape[:2], 1 / log_p.shape[1], dtype=log_p.dtype, device=log_p.device)
+        weights = torch.ones(z.shape[:2], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+        if isinstance(mask, Tensor) and mask.shape == z.shape[:2]:
+            weights = mask.to(weights)
+        weights = weights.to(z.device)
+        return weights / weights.sum(1, keepdim=True).clamp_min(1) if self.reduction == "mean" else weights
 
     def value(self, output: Any, reference: Any, batch: Batch) -> Tensor:
         """Divergence of each sample ``[B]``."""
@@ -98,27 +121,61 @@ class KLLoss:
         return (each * self._position_weights(log_p, batch)).sum(1)
 
     def probe(self, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-        """See `OutputLoss.probe`."""
-        log_p = self._log_probabilities(output)
-        return self._project(log_p, batch, _signs(log_p, generator))
+        """See `OutputLoss.probe`.
+
+        Raises:
+            DataError: If true labels are wanted and there are none.
+        """
+        z = self._logits(output)
+        weights, chosen = self._position_weights(z.detach(), batch), None
+        if self.positions is not None and self.positions < z.shape[1]:
+            # With replacement, in proportion to what each counts: the mean over draws is the whole in expectation.
+            total = weights.sum(1, keepdim=True)
+            chosen = torch.multinomial(weights.cpu(), self.positions, True, generator=generator).to(z.device)
+            weights = (total / self.positions).expand(-1, self.positions)
+        log_p = self._log_probabilities(output, chosen)
+        if self.draw == "signs":
+            return self._project(log_p, weights, _signs(log_p, generator))
+        if self.draw == "sampled":
+            flat = log_p.detach().exp().flatten(0, 1).cpu()
+            labels = torch.multinomial(flat, 1, generator=generator).view(log_p.shape[:2]).to(z.device)
+        else:
+            labels = _labels(batch, z.shape[:2])
+            labels = labels if chosen is None else labels.gather(1, chosen)
+        picked = log_p.gather(2, labels.clamp_min(0)[..., None])[..., 0]
+        # Positions and samples are told apart by their signs.
+        return (picked * weights.sqrt() * (labels >= 0) * _signs(picked, generator)).sum()
 
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """One probe per position and class: signs replaced by unit vectors."""
         log_p = self._log_probabilities(output)
+        weights = self._position_weights(log_p.detach(), batch)
         for position in range(log_p.shape[1]):
             for c in range(log_p.shape[2]):
                 unit = torch.zeros_like(log_p)
                 unit[:, position, c] = 1
-                yield self._project(log_p, batch, unit)
+                yield self._project(log_p, weights, unit)
 
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""
         return True
 
-    def _project(self, log_p: Tensor, batch: Batch, direction: Tensor) -> Tensor:
+    @staticmethod
+    def _project(log_p: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
         # d(log_p)/d(z) = I - 1 p^T, so the gradient of sum(sqrt(p) e log_p) is sqrt(p) e - p (sqrt(p) . e).
-        weights = self._position_weights(log_p, batch).sqrt()[..., None]
-        return (log_p.detach().mul(0.5).exp() * direction * weights * log_p).sum()
+        return (log_p.detach().mul(0.5).exp() * direction * weights.sqrt()[..., None] * log_p).sum()
+
+
+def _labels(batch: Batch, shape: torch.Size) -> Tensor:
+    """The batch's class labels ``[B, P]``; negative ones are ignored.
+
+    Raises:
+        DataError: If it has none of this shape.
+    """
+    labels = batch.labels
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.numel() != shape.numel():
+        raise DataError(f"draw='true' needs integer labels {tuple(shape)} with each batch, such as (inputs, labels)")
+    return labels.reshape(shape).long()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class PsdBound:
         self._first = np.searchsorted(g, np.arange(len(keep)))
         self._loss, self._cost = loss[g, s], cost[g, s]
         slack = limit - np.minimum.reduceat(self._cost, self._first).sum(0)
-        unit = np.maximum(slack, 1e-6 * np.abs(self._cost).max(0, initial=1e-300))
+        unit = np.maximum(slack, 1e-6 * np.maximum(np.abs(self._cost).max(0), np.abs(limit)))
+        unit[unit == 0] = 1.0
         # Rows: one, choices, slacks; the slacks follow from the others.
         self._lift = np.vstack([np.eye(n + 1), np.c_[limit, -self._cost.T] / unit[:, None]])
         root = np.sqrt(np.maximum(self._loss, _SMALL_LOSS)) * _SCALE

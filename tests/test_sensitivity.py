@@ -8,7 +8,7 @@ from torch import nn
 
 import mpq
 from mpq.calibration import Batch
-from mpq.errors import ConfigError
+from mpq.errors import ConfigError, DataError, MpqError
 from mpq.losses import KLLoss, MSELoss, resolve_loss
 from mpq.sensitivity import SensitivityTable, influence
 from mpq.space import layer_scheme
@@ -168,7 +168,9 @@ def test_probe_has_the_hessian_as_second_moment():
     moment = torch.zeros(4, 4, dtype=torch.float64)
     for signs in itertools.product([-1.0, 1.0], repeat=4):
         log_p = loss._log_probabilities(z)
-        (u,) = torch.autograd.grad(loss._project(log_p, batch, torch.tensor(signs, dtype=z.dtype)), z)
+        (u,) = torch.autograd.grad(
+            loss._project(log_p, loss._position_weights(log_p, batch), torch.tensor(signs, dtype=z.dtype)), z
+        )
         moment += u.T @ u / 16
     p = z.softmax(1)[0]
     torch.testing.assert_close(moment, torch.diag(p) - p[:, None] * p)
@@ -251,6 +253,37 @@ def test_kl_value_matches_torch_and_ignores_padding():
     mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]])
     masked = Batch((), {"attention_mask": mask}, 3, None, None)
     torch.testing.assert_close(KLLoss().value(b, a, masked), (expected * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.parametrize("options", [{"draw": "sampled"}, {"positions": 2}, {"reduction": "sum"}], ids=str)
+def test_all_kinds_of_probes_have_the_same_expectation(options):
+    """Average outer product of many probes against the exact one, for three tokens of which one is hidden."""
+    loss, exact = KLLoss(**options), KLLoss(reduction=options.get("reduction", "mean"))
+    z = torch.randn(1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    batch = Batch((z,), {"attention_mask": torch.tensor([[1, 1, 0]])}, 1, None, z)
+
+    def outer(probe):
+        (u,) = torch.autograd.grad(probe, z, retain_graph=True)
+        return torch.outer(u.flatten(), u.flatten())
+
+    expected = sum(outer(p) for p in exact.all_probes(z, batch))
+    generator, draws = torch.Generator().manual_seed(0), 4000
+    found = torch.stack([outer(loss.probe(z, batch, generator)) for _ in range(draws)])
+    error = found.std(0) / draws**0.5
+    assert ((found.mean(0) - expected).abs() <= 4.5 * error + 1e-12).all()
+
+
+def test_true_labels_give_the_empirical_fisher():
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([0, 2, 1, -100])
+    batch = Batch((z,), {}, 4, labels, z)
+    (u,) = torch.autograd.grad(KLLoss(draw="true").probe(z, batch, torch.Generator().manual_seed(0)), z)
+    (expected,) = torch.autograd.grad(F.cross_entropy(z, labels, reduction="sum"), z)
+    torch.testing.assert_close(u.abs(), expected.abs())
+    with pytest.raises(DataError, match="integer labels"):
+        KLLoss(draw="true").probe(z, Batch((z,), {}, 4, None, z), torch.Generator())
+    with pytest.raises(MpqError, match="draw 'signs', 'sampled' or 'true', not 'mean' and 'labels'"):
+        KLLoss(draw="labels")
 
 
 def test_callable_loss_per_sample_and_mean_agree():
