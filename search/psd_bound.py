@@ -48,8 +48,8 @@ class PsdBound:
         self._group, n, R = g, len(g), len(limit)
         self._first = np.searchsorted(g, np.arange(len(keep)))
         self._loss, self._cost = loss[g, s], cost[g, s]
-        slack = limit - np.minimum.reduceat(self._cost, self._first).sum(0)
-        unit = np.maximum(slack, 1e-6 * np.maximum(np.abs(self._cost).max(0), np.abs(limit)))
+        # Unit of the slacks: of all choices, not only those kept, as it must stay when some are dropped.
+        unit = np.maximum(limit - cost.min(1).sum(0), 1e-6 * np.maximum(np.abs(cost).max((0, 1)), np.abs(limit)))
         unit[unit == 0] = 1.0
         # Rows: one, choices, slacks; the slacks follow from the others.
         self._lift = np.vstack([np.eye(n + 1), np.c_[limit, -self._cost.T] / unit[:, None]])

@@ -251,7 +251,7 @@ def test_several_constraints_are_met_and_proven():
 
 def test_work_that_ends_early_is_not_called_optimal(monkeypatch):
     """And is reproducible, pick and bound."""
-    monkeypatch.setattr(interaction, "_CUBES", 1e8)
+    monkeypatch.setattr(interaction, "_CUBES", 2e7)
     problem = network(16, rank=1)
     a, b = (Interaction(restarts=5).solve(problem) for _ in range(2))
     assert a.status is Status.FEASIBLE
