@@ -14,7 +14,7 @@ from mpq.errors import DataError, FormatError
 from mpq.layers import LayerGraph, LayerSpec
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat, Scheme
-from mpq.quantizers.integer import fake_quantize, fake_quantize_static
+from mpq.quantizers.integer import QuantizedTensor, dequantize, fake_quantize, fake_quantize_static, quantize
 from mpq.quantizers.observers import ActivationObserver
 from mpq.quantizers.ranges import parse_percentile
 from mpq.trees import map_tensors, tensors_in
@@ -69,7 +69,7 @@ class QuantizerBank:
         check_range_method(activation_range)
         self.view, self.graph = view, graph
         self.weight_range, self.activation_range = weight_range, activation_range
-        self._weights: dict[tuple[int, NumberFormat], Tensor] = {}
+        self._weights: dict[tuple[int, NumberFormat], QuantizedTensor] = {}
         self._observers: dict[str, ActivationObserver] = {}
         self._ranges: dict[tuple[str, NumberFormat], Range] = {}
 
@@ -80,12 +80,14 @@ class QuantizerBank:
         return bank
 
     def weight(self, layer: LayerSpec, fmt: NumberFormat) -> Tensor:
-        """The layer's weight rounded to a format; tied layers share it."""
+        """The layer's weight rounded to a format; integer formats are kept as codes, which tied layers share."""
+        module, weight = self.view.layers[layer.name], self.view.weight(layer.name)
+        if fmt.family != "int":
+            return round_weight(module, weight, fmt, self.weight_range)
         key = (layer.storage, fmt)
         if key not in self._weights:
-            module = self.view.layers[layer.name]
-            self._weights[key] = round_weight(module, self.view.weight(layer.name), fmt, self.weight_range)
-        return self._weights[key]
+            self._weights[key] = quantize(channels_first(module, weight), fmt, 0, self.weight_range)
+        return channels_first(module, dequantize(self._weights[key]).to(weight.dtype))
 
     def observe(self, data: Calibration, progress: bool = True) -> None:
         """Watch every layer's inputs over the data: one forward pass.

@@ -20,7 +20,8 @@ class QuantizedTensor:
     """Integer codes with what is needed to read them.
 
     Attributes:
-        codes: int32 ``[blocks, elements]``; with groups the last block of a channel may hold padding.
+        codes: Smallest integers that hold the format's levels, ``[blocks, elements]``; with groups the last block of a
+            channel may hold padding.
         scale: ``[blocks, 1]``.
         zero_point: ``[blocks, 1]``, all zero for symmetric formats.
         fmt: The integer format.
@@ -102,14 +103,22 @@ def quantize(x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = 
         codes = torch.where(blocks >= 0, 0, -1)  # code 0 is +scale, code -1 is -scale
     else:
         codes = ((blocks / scale).round_() + zero).clamp_(qmin, qmax)
-    return QuantizedTensor(codes.to(torch.int32), scale, zero, fmt, tuple(x.shape), channel_axis)
+    return QuantizedTensor(codes.to(_code_dtype(qmin, qmax)), scale, zero, fmt, tuple(x.shape), channel_axis)
+
+
+def _code_dtype(qmin: int, qmax: int) -> torch.dtype:
+    fits = (
+        t for t in (torch.int8, torch.uint8, torch.int16) if torch.iinfo(t).min <= qmin <= qmax <= torch.iinfo(t).max
+    )
+    return next(fits, torch.int32)
 
 
 def dequantize(q: QuantizedTensor) -> Tensor:
     """The values that the codes stand for, in the original shape and the dtype of the scales."""
     bipolar = q.fmt.symmetric and q.fmt.bits == 1
-    units = 2 * q.codes + 1 if bipolar else q.codes - q.zero_point
-    return from_blocks(units * q.scale, q.shape, q.channel_axis)
+    units = q.codes.to(q.scale.dtype)
+    units = units.mul_(2).add_(1) if bipolar else units.sub_(q.zero_point)
+    return from_blocks(units.mul_(q.scale), q.shape, q.channel_axis)
 
 
 def fake_quantize(x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = "mse") -> Tensor:
