@@ -19,6 +19,7 @@ FEWEST = 3  # configs for a rank correlation to mean anything
 _BINS = 10
 _TRIES = 25  # draws for each config asked for
 _SPREAD = 1.5  # bits around the level that a config's schemes are drawn from
+_DRAWS, _FEWEST_TRIED = 20, 12  # random picks to take a promising one of, once that many losses are known
 _MOST_BITS = 10  # formats above lose next to nothing, so more bits are not further away
 
 
@@ -47,6 +48,7 @@ class RandomConfigs:
         self._configs, self._range, self._rng = configs, loss_range, rng
         self._room = np.diff(np.rint(np.linspace(0, configs, _BINS + 1)).astype(int))
         self._reached = (math.inf, -math.inf)
+        self._tried: list[tuple[Floats, float]] = []
         self.quantity = ""
 
     def __iter__(self) -> Iterator[tuple[Ints, float]]:
@@ -55,11 +57,14 @@ class RandomConfigs:
         for _ in range(_TRIES * self._configs):
             if not self._room.any():
                 return
-            pick = random_pick(self._analysis.space, self._rng)
+            pick = self._promising()
             if pick.tobytes() in seen:
                 continue
             seen.add(pick.tobytes())
-            near = self._bin(self._loss(pick, self._glance))
+            glanced = self._loss(pick, self._glance)
+            near = self._bin(glanced)
+            if near is not None:
+                self._tried.append((_average_bits(self._analysis.space, pick), self._place(glanced)))
             if near is None or not self._room[max(0, near - 1) : near + 2].any():
                 continue
             loss = self._loss(pick, self._measure)
@@ -67,6 +72,23 @@ class RandomConfigs:
             if place is not None and 0 <= place < _BINS and self._room[place]:
                 self._room[place] -= 1
                 yield pick, loss
+
+    def _promising(self) -> Ints:
+        """The first of a few random picks whose average bits have given losses in bins with room.
+
+        Nothing but the average decides, so that no estimator is favoured.
+        """
+        space = self._analysis.space
+        drawn = [random_pick(space, self._rng) for _ in range(_DRAWS)]
+        if len(self._tried) < _FEWEST_TRIED:
+            return drawn[0]
+        terms, losses = (np.array(column) for column in zip(*self._tried, strict=True))
+        fit = np.linalg.lstsq(terms, losses, rcond=None)[0]
+        for pick in drawn:
+            bin_ = math.floor(float(_average_bits(space, pick) @ fit))
+            if self._room[max(0, bin_ - 1) : bin_ + 2].any() and -1 <= bin_ <= _BINS:
+                return pick
+        return drawn[-1]
 
     def report(self, found: int) -> None:
         """Say so if not all configs were found.
@@ -99,10 +121,18 @@ class RandomConfigs:
 
     def _bin(self, loss: float) -> int | None:
         """Index of a loss's bin, below 0 or from `_BINS` outside the range; None without a logarithm."""
-        if not 0 < loss < math.inf:
-            return None
+        return math.floor(self._place(loss)) if 0 < loss < math.inf else None
+
+    def _place(self, loss: float) -> float:
+        """Where a loss is, in bins above the lowest."""
         low, high = self._range
-        return math.floor(math.log(loss / low) / math.log(high / low) * _BINS)
+        return math.log(loss / low) / math.log(high / low) * _BINS
+
+
+def _average_bits(space: SearchSpace, pick: Ints) -> Floats:
+    """Terms of a quadratic in a pick's average weight and activation bits ``[5]``."""
+    w, a = (float(_bits(s)[pick].mean()) for s in zip(*((s.weight, s.activation) for s in space.schemes), strict=True))
+    return np.array([1.0, w, a, w * w, a * a])
 
 
 def random_pick(space: SearchSpace, rng: np.random.Generator) -> Ints:

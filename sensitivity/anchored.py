@@ -8,7 +8,7 @@ do to each other when errors are large.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
@@ -21,19 +21,19 @@ from torch import Tensor
 from mpq.bank import QuantizerBank
 from mpq.calibration import Calibration
 from mpq.losses import OutputLoss
-from mpq.problem import Ints
+from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
-from mpq.sensitivity.influence import influence, second_order
+from mpq.sensitivity.anchors import candidates, solved, unlike
+from mpq.sensitivity.influence import influence
 from mpq.sensitivity.perturbation import quantized
-from mpq.sensitivity.recalibration import Recalibration, recalibrate
+from mpq.sensitivity.recalibration import Recalibration, Recalibrator
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.store import ScoreStore
 from mpq.trees import map_tensors
 from mpq.view import ModelView
 
-_CANDIDATES = 300  # of each kind
-_SMALLEST, _LARGEST = 1e-3, 3.0  # predicted losses that are worth measuring, in ceilings
+_ROUNDS, _SEARCHED = 4, 0.5
 
 
 def anchored(
@@ -60,7 +60,7 @@ def anchored(
         data: Calibration data.
         bank: Quantized weights and activation ranges.
         loss: What is protected.
-        anchors: Configs to measure; 0 leaves influence as it is.
+        anchors: Configs to measure, at most; 0 leaves influence as it is.
         anchor_samples: Measure them on the first batches with about this many samples.
         draws: As for `influence`.
         exact: As for `influence`.
@@ -80,13 +80,7 @@ def anchored(
     if anchors < 1 or not (space.allowed.sum(1) > 1).any():
         return replace(table, provenance={**table.provenance, "estimator": "anchored", "anchors": []})
     truth = _Truth(view, space, data, bank, loss, anchor_samples, store)
-    picks = choose(table, space, anchors, truth.ceiling, np.random.default_rng(seed))
-    measured = np.array([truth.rise(pick) for pick in progress_bar(picks, "anchors", progress)])
-    usable = np.isfinite(measured) & (measured > 0)
-    picks, measured = picks[usable], measured[usable]
-    assert table.rows is not None
-    rows = table.rows[: truth.samples]
-    fit = recalibrate(*second_order(rows), picks, measured, truth.ceiling)
+    picks, measured, fit = _anchors(table, space, truth, anchors, np.random.default_rng(seed), progress)
     fitted = _corrected(table, fit)
     provenance = {
         **table.provenance,
@@ -94,15 +88,49 @@ def anchored(
         "anchors": [
             {"pick": p.tolist(), "measured": m, "second_order": table.predict(p), "predicted": fitted.predict(p)}
             for p, m in zip(picks, measured.tolist(), strict=True)
+            if np.isfinite(m)
         ],
         "anchor_error": fit.error,
         "coupling": fit.coupling,
         "ceiling": fit.ceiling,
         "forward_passes": round(
-            float(table.provenance["forward_passes"]) + (1 + anchors) * truth.samples / data.num_samples, 2
+            float(table.provenance["forward_passes"]) + (1 + len(picks)) * truth.samples / data.num_samples, 2
         ),
     }
     return replace(fitted, provenance=provenance)
+
+
+def _anchors(
+    table: SensitivityTable,
+    space: SearchSpace,
+    truth: _Truth,
+    anchors: int,
+    generator: np.random.Generator,
+    progress: bool,
+) -> tuple[Ints, Floats, Recalibration]:
+    """Measured configs ``[K, G]``, their losses ``[K]``, and the fit to them."""
+    assert table.interactions is not None
+    model = Recalibrator(table.loss, table.interactions, truth.ceiling)
+    picks, losses = np.zeros((0, len(space.groups)), np.int64), np.zeros(0)
+
+    def fit() -> Recalibration:
+        usable = np.isfinite(losses) & (losses > 0)
+        return model.fit(picks[usable], losses[usable])
+
+    def chosen() -> Iterator[Ints]:
+        # Half of them tell most about all others. The rest come in rounds: what a search would return with the fit so
+        # far is measured, because a search finds the very configs whose losses are predicted too low.
+        pool = candidates(table, space, truth.ceiling, generator)
+        yield from pool[model.informative(pool, anchors - int(anchors * _SEARCHED))]
+        for left in range(_ROUNDS, 0, -1):
+            fitted = _corrected(table, fit())
+            count = -(-(anchors - len(picks)) // left)
+            yield from unlike(fitted, solved(fitted, space, truth.ceiling), picks, count, truth.ceiling)
+
+    for pick in progress_bar(chosen(), "anchors", progress, anchors):
+        losses = np.append(losses, truth.rise(pick))
+        picks = np.concatenate([picks, pick[None]])
+    return picks, losses, fit()
 
 
 def _corrected(table: SensitivityTable, fit: Recalibration) -> SensitivityTable:
@@ -174,45 +202,3 @@ class _Truth:
 def _without_differences(t: Tensor, samples: int) -> Tensor:
     """Every sample's output replaced by their mean."""
     return t.mean(0, keepdim=True).expand_as(t) if t.is_floating_point() and t.dim() and len(t) == samples else t
-
-
-def choose(
-    table: SensitivityTable, space: SearchSpace, count: int, ceiling: float, generator: np.random.Generator
-) -> Ints:
-    """Configs to measure ``[K, G]``: half of the kind that a search returns, half random, spread over the losses.
-
-    The first kind minimises the loss plus a price on stored weight bits, with prices from low to high and losses shaken
-    by a factor of about e. The second draws each group's scheme from a random distribution over schemes.
-
-    Args:
-        table: Predicted losses.
-        space: Groups, schemes and what is allowed.
-        count: How many.
-        ceiling: Losses of about this size mean a network that is destroyed.
-        generator: Of everything random.
-    """
-    G, S = space.allowed.shape
-    bits = np.array([[s.weight.bits * g.parameters for s in space.schemes] for g in space.groups], np.float64)
-
-    def priced() -> Ints:
-        price = 10 ** generator.uniform(-4, 2) * ceiling / bits.max(1).sum()
-        score = table.loss * np.exp(generator.normal(0, 1, (G, S))) + price * bits
-        found: Ints = np.where(space.allowed, score, np.inf).argmin(1)
-        return found
-
-    def random() -> Ints:
-        chances = np.where(space.allowed, generator.dirichlet(np.full(S, generator.uniform(0.3, 1.5))) + 1e-9, 0)
-        found: Ints = (chances.cumsum(1) > generator.random((G, 1)) * chances.sum(1, keepdims=True)).argmax(1)
-        return found
-
-    candidates = [draw() for _ in range(_CANDIDATES) for draw in (priced, random)]
-    picks: Ints = np.unique(np.array(candidates, np.int64), axis=0)
-    picks = picks[generator.permutation(len(picks))]
-    predicted = np.log(np.maximum(table.predict_all(picks), 1e-12 * ceiling))
-    low = max(np.log(_SMALLEST * ceiling), predicted.min())
-    high = min(np.log(_LARGEST * ceiling), predicted.max())
-    taken: list[int] = []
-    for wanted in np.linspace(low, high, min(count, len(picks))):
-        order = np.argsort(np.abs(predicted - wanted), kind="stable")
-        taken.append(int(next(i for i in order if i not in taken)))
-    return picks[taken]

@@ -1,4 +1,4 @@
-"""Fit a predicted loss to a few measured configs: large entries are corrected, and losses saturate."""
+"""Fit a predicted loss to measured configs: large entries are corrected, and losses saturate."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from mpq.problem import Floats, Ints
 
-# Prior of the corrections, found on ResNet-20, MobileNetV2 and an exhaustive table (benchmarks/sensitivity_quality.py):
-# an entry far below the ceiling is a small error, which second order predicts well; a large one may be off by e^0.5.
-_SPREAD, _LARGE, _FIRM = 0.5, 0.01, 1e-3
-_NOISE = 0.1  # of a measured loss against a perfect prediction, relative
+# Standard deviations of the prior, in the logarithm of a loss; found on ResNet-20, MobileNetV2 and an exhaustive table
+# (benchmarks/sensitivity_quality.py). Second order is right for small errors, far below the ceiling; large ones may be
+# off by e^0.5 each, and all of them together in the same direction.
+_COMMON, _SPREAD, _FIRM = 0.3, 0.5, 1e-3
+_LARGE = 0.01  # ceilings
+_NOISE = 0.1  # of a measured loss against a perfect prediction
 
 
 @dataclass(frozen=True)
@@ -33,51 +35,80 @@ class Recalibration:
     error: float
 
 
-def recalibrate(loss: Floats, interactions: Floats, picks: Ints, measured: Floats, ceiling: float) -> Recalibration:
-    """Fit corrections by maximum a posteriori with normal priors, in the logarithm of the loss.
+class Recalibrator:
+    """Maximum a posteriori fit with normal priors, in the logarithm of the loss.
 
     ``predicted = v / (1 + v / ceiling)`` with ``v = sum_g a_g^2 loss_g + coupling sum_{g<h} a_g a_h interactions_gh``
-    at the picked schemes and ``a = exp(correction / 2)``.
+    at the picked schemes and ``a = exp(correction / 2)``. A correction is the sum of one that all entries have in
+    common and of its own, which only large entries have.
 
     Args:
-        loss: ``[G, S]``, on the samples that were measured.
+        loss: ``[G, S]``, on the samples that are measured.
         interactions: ``[G, S, G, S]``, on the same samples.
-        picks: Measured configs ``[K, G]``.
-        measured: Their losses ``[K]``, positive.
         ceiling: Where predictions are expected to saturate, within a factor of about e.
     """
-    G, S = loss.shape
-    flat, pairs = torch.from_numpy(loss.reshape(-1)), torch.from_numpy(interactions.reshape(G * S, G * S))
-    index = torch.from_numpy(picks + np.arange(G) * S)
-    chosen, coupled = flat[index], pairs[index[:, :, None], index[:, None, :]]
-    target = torch.from_numpy(measured).log()
-    spread = _SPREAD * flat / (flat + _LARGE * ceiling) + _FIRM
-    unit = torch.zeros(G * S, dtype=torch.float64, requires_grad=True)  # correction in units of its prior
-    couple = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    top = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
-    def residuals() -> Tensor:
-        a = (0.5 * unit * spread).exp()[index]
-        v = (a.square() * chosen).sum(1) + _coupling(couple) * 0.5 * torch.einsum("kg,kgh,kh->k", a, coupled, a)
-        v = v.clamp_min(1e-12 * ceiling)
-        return v.log() - torch.log1p(v / (ceiling * top.exp())) - target
+    def __init__(self, loss: Floats, interactions: Floats, ceiling: float) -> None:
+        G, S = loss.shape
+        self._shape, self._ceiling = (G, S), ceiling
+        self._loss = torch.from_numpy(loss.reshape(-1))
+        self._pairs = torch.from_numpy(interactions.reshape(G * S, G * S))
+        self._large = self._loss / (self._loss + _LARGE * ceiling)
 
-    optimizer = torch.optim.LBFGS([unit, couple, top], max_iter=300, line_search_fn="strong_wolfe")
+    def informative(self, candidates: Ints, count: int) -> Ints:
+        """Indices of the candidates ``[C, G]`` whose measured losses would say most about those of all others.
 
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        prior = unit.square().sum() + couple.square() + top.square()
-        value: Tensor = residuals().square().sum() / _NOISE**2 + prior
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+        Greedy: each next one lowers the sum of the posterior variances of all predictions most, which are linear in the
+        parameters to first order (A-optimal design; Chaloner and Verdinelli, 1995).
+        """
+        start = torch.zeros(self._loss.numel() + 3, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(  # type: ignore[no-untyped-call]
+            lambda p: self._log_predicted(p, candidates), start, vectorize=True
+        )
+        covariance = (jacobian @ jacobian.T).numpy()
+        chosen: list[int] = []
+        for _ in range(min(count, len(candidates))):
+            gain = np.square(covariance).sum(0) / (covariance.diagonal() + _NOISE**2)
+            gain[chosen] = -np.inf
+            best = int(gain.argmax())
+            chosen.append(best)
+            column = covariance[:, best].copy()
+            covariance -= np.outer(column, column) / (column[best] + _NOISE**2)
+        return np.array(chosen, np.int64)
 
-    optimizer.step(objective)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        error = float(residuals().square().mean().sqrt())
-        correction = (unit * spread).reshape(G, S).numpy()
-        return Recalibration(correction, float(_coupling(couple)), ceiling * float(top.exp()), error)
+    def fit(self, picks: Ints, measured: Floats) -> Recalibration:
+        """The corrections for measured configs ``[K, G]`` and their losses ``[K]``, positive."""
+        target = torch.from_numpy(measured).log()
+        parameters = torch.zeros(self._loss.numel() + 3, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([parameters], max_iter=300, line_search_fn="strong_wolfe")
 
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            misfit = (self._log_predicted(parameters, picks) - target).square().sum() / _NOISE**2
+            value: Tensor = misfit + parameters.square().sum()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
 
-def _coupling(x: Tensor) -> Tensor:
-    """0..1, near 0.9 where the measured configs say nothing."""
-    return torch.sigmoid(x + 2)
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            residuals = self._log_predicted(parameters, picks) - target
+            coupling, ceiling = self._coupling_and_ceiling(parameters)
+            correction = self._correction(parameters).reshape(self._shape).numpy()
+        return Recalibration(correction, float(coupling), float(ceiling), float(residuals.square().mean().sqrt()))
+
+    def _correction(self, parameters: Tensor) -> Tensor:
+        return parameters[:-3] * (_SPREAD * self._large + _FIRM) + _COMMON * parameters[-3]
+
+    def _coupling_and_ceiling(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """The coupling is near 0.9 where the measured configs say nothing."""
+        return torch.sigmoid(parameters[-2] + 2), self._ceiling * parameters[-1].exp()
+
+    def _log_predicted(self, parameters: Tensor, picks: Ints) -> Tensor:
+        G, S = self._shape
+        index = torch.from_numpy(picks + np.arange(G) * S)
+        a = (0.5 * self._correction(parameters)).exp()[index]
+        coupling, ceiling = self._coupling_and_ceiling(parameters)
+        pairs = self._pairs[index[:, :, None], index[:, None, :]]
+        v = (a.square() * self._loss[index]).sum(1) + coupling * 0.5 * torch.einsum("kg,kgh,kh->k", a, pairs, a)
+        v = v.clamp_min(1e-12 * self._ceiling)
+        return v.log() - torch.log1p(v / ceiling)
