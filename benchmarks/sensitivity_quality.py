@@ -15,11 +15,11 @@ data that no estimator has seen. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import statistics
 import sys
-import tempfile
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -31,7 +31,7 @@ from real_models import MODELS, SHARED, shared_loader
 import mpq
 from mpq.calibration import Calibration
 from mpq.comparison import Comparison, compare
-from mpq.sensitivity import SensitivityTable, influence, top_eigenvalue
+from mpq.sensitivity import ESTIMATORS, SensitivityTable, influence, top_eigenvalue
 
 CLASSICS: dict[str, Any] = {
     "trace x error": "hessian_trace",
@@ -66,10 +66,24 @@ def top_eigenvalue_of_one_batch(
 DEFAULT = {"default": "anchored", "second order": "influence", "sum over layers": sum_over_layers}
 
 
+def remembered(estimator: Any) -> Any:
+    """An estimator that makes the table of one model and its schemes only once."""
+    run = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    tables: dict[Any, SensitivityTable] = {}
+
+    def table(view: Any, space: Any, *args: Any, **options: Any) -> SensitivityTable:
+        own = {k: v for k, v in options.items() if k != "store" or "store" in inspect.signature(run).parameters}
+        if space.schemes not in tables:
+            tables[space.schemes] = run(view, space, *args, **own)
+        return tables[space.schemes]
+
+    return table
+
+
 def estimators(model: str) -> dict[str, Any]:
     """Label -> estimator."""
-    found = DEFAULT | CLASSICS
-    return found | {"top eigenvalue": top_eigenvalue_of_one_batch} if model in LARGE else found
+    large = {"top eigenvalue": top_eigenvalue_of_one_batch} if model in LARGE else {}
+    return {label: remembered(estimator) for label, estimator in (DEFAULT | CLASSICS | large).items()}
 
 
 def unit(model: str) -> float:
@@ -77,31 +91,31 @@ def unit(model: str) -> float:
     return 1 / 384 if model == "minilm" else 1.0
 
 
-def prediction(model: str, kind: str, configs: int, store: str) -> Comparison:
+def prediction(model: str, kind: str, configs: int, chosen: dict[str, Any]) -> Comparison:
     """Rank correlations on one model."""
     net, calib, evaluation = MODELS[model]()
     low, high = LOWEST.get(model, 1e-3) * unit(model), unit(model)
     schemes = WEIGHTS if kind == "weights" else JOINT
-    options = {"max_samples": None, "store": store, "progress": False}
+    options: dict[str, Any] = {"max_samples": None, "progress": False}
     return compare(
         net,
         calib,
         evaluation,
         schemes,
-        estimators=estimators(model),
+        estimators=chosen,
         configs=configs,
         loss_range=(low, high),
         **options,
     )
 
 
-def allocation(model: str, store: str) -> dict[str, dict[str, dict[str, float | None]]]:
+def allocation(model: str, chosen: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
     """Average bits -> estimator -> measured loss and accuracy."""
     net, calib, evaluation = MODELS[model]()
     evaluator = mpq.Evaluator(net, evaluation, progress=False)
     found: dict[str, dict[str, dict[str, float | None]]] = {str(a): {} for a in AVERAGES}
-    for label, estimator in estimators(model).items():
-        analysis = mpq.analyze(net, calib, WEIGHTS, estimator=estimator, max_samples=None, store=store, progress=False)
+    for label, estimator in chosen.items():
+        analysis = mpq.analyze(net, calib, WEIGHTS, estimator=estimator, max_samples=None, progress=False)
         for average in AVERAGES:
             measured = evaluator.measure(analysis.allocate(f"avg_bits<={average}"))
             loss = measured.kl if measured.kl is not None else (measured.mse or 0.0) / unit(model)
@@ -212,22 +226,22 @@ def main() -> None:
         args.models, args.parts, args.configs = ["resnet20"], ["weights"], 20
     results: dict[str, Any] = {"prediction": {}, "allocation": {}, "quick": args.quick}
     goals: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as store:
-        for model in args.models:
-            for kind in [k for k in ("weights", "joint") if k in args.parts]:
-                found = prediction(model, kind, args.configs, store)
-                print(f"\n{model}, {kind}\n{found!r}", flush=True)
-                name = f"{model}_{kind}"
-                scores = {s.name: s.spearman for s in found.scores}
-                results["prediction"][name] = [{**row, "configs": len(found.measured)} for row in found.table()]
-                goals[f"spearman_{name}"] = at_least(scores["default"], 0.95 if "efficient" in model else 0.97)
-                best = max(v for k, v in scores.items() if k in CLASSICS)
-                goals[f"above_classics_{name}"] = at_least(scores["default"] - best, 0.0)
-                goals[f"interactions_help_{name}"] = at_least(scores["second order"] - scores["sum over layers"], 0.0)
-            if "allocation" in args.parts:
-                results["allocation"][model] = allocation(model, store)
-                show_allocation(model, results["allocation"][model])
-                sys.stdout.flush()
+    for model in args.models:
+        chosen = estimators(model)
+        for kind in [k for k in ("weights", "joint") if k in args.parts]:
+            found = prediction(model, kind, args.configs, chosen)
+            print(f"\n{model}, {kind}\n{found!r}", flush=True)
+            name = f"{model}_{kind}"
+            scores = {s.name: s.spearman for s in found.scores}
+            results["prediction"][name] = [{**row, "configs": len(found.measured)} for row in found.table()]
+            goals[f"spearman_{name}"] = at_least(scores["default"], 0.95 if "efficient" in model else 0.97)
+            best = max(v for k, v in scores.items() if k in CLASSICS)
+            goals[f"above_classics_{name}"] = at_least(scores["default"] - best, 0.0)
+            goals[f"interactions_help_{name}"] = at_least(scores["second order"] - scores["sum over layers"], 0.0)
+        if "allocation" in args.parts:
+            results["allocation"][model] = allocation(model, chosen)
+            show_allocation(model, results["allocation"][model])
+            sys.stdout.flush()
     if results["allocation"]:
         goals |= allocation_goals(results["allocation"])
     if "tabular" in args.parts:
