@@ -13,7 +13,7 @@ from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved
 from mpq.search.core import Core
 from mpq.search.lagrangian import relax
 from mpq.search.repair import Repair
-from mpq.search.rows import binding_rows, named_prices
+from mpq.search.rows import binding_rows, fitting, named_prices
 
 _MAX_CUTS = 100
 _FIT_UNIT = 10.0  # a unit of the objective at most this many times the excess found is small enough
@@ -80,10 +80,11 @@ class _Run:
         self._problem, self._deadline, self._seed = problem, deadline, seed
         self._groups = np.arange(len(problem.loss))
         self._cost, self._limit = binding_rows(problem)
-        least = np.where(problem.allowed[..., None], self._cost, np.inf).min(1).sum(0)
-        self._reachable = bool((least <= self._limit).all())
-        if self._reachable:
-            self._relaxed = relax(problem.loss, self._cost, self._limit, deadline)
+        self._allowed = fitting(problem.allowed, self._cost, self._limit)
+        self._loss = np.where(self._allowed, problem.loss, np.inf)
+        self.bound = np.inf
+        if self._allowed.any(1).all():
+            self._relaxed = relax(self._loss, self._cost, self._limit, deadline)
             self._base = self._relaxed.reduced.argmin(1)
             self.prices, self.bound = self._relaxed.prices, self._relaxed.bound - self._relaxed.rounding
         self.pick: Ints | None = None
@@ -92,10 +93,10 @@ class _Run:
 
     def solve(self) -> Status:
         """Improve the pick until time is up or there is a proof: `OPTIMAL` or `INFEASIBLE`."""
-        if not self._reachable or np.isinf(self.bound):
+        if np.isinf(self.bound):
             return Status.INFEASIBLE
         relaxed = self._relaxed
-        repair = Repair(self._problem.loss, self._cost, self._limit, relaxed.reduced, relaxed.prices, self._deadline)
+        repair = Repair(self._loss, self._cost, self._limit, relaxed.reduced, relaxed.prices, self._deadline)
         self._offer(repair.best())
         for count in _FIRST_CORES:
             if self.pick is None or self._remaining() <= 0:
@@ -146,17 +147,16 @@ class _Run:
 
     def _gap(self) -> float:
         """How far the best pick, or without one the worst of all, is above the relaxation's bound; positive."""
-        allowed = self._problem.allowed
         upper = self._objective
         if self.pick is None:
-            upper = float(np.where(allowed, self._problem.loss, -np.inf).max(1).sum())
+            upper = float(np.where(self._allowed, self._loss, -np.inf).max(1).sum())
         found = upper - self._relaxed.bound + 2 * self._relaxed.rounding
         return max(found, 1e-300)
 
     def _left(self) -> NDArray[np.bool_]:
         """Choices that a better pick may make, and those of the best pick and the base ``[G, S]``."""
         if self.pick is None:
-            return self._problem.allowed
+            return self._allowed
         keep = self._relaxed.reduced <= self._gap()
         keep[self._groups, self._base] = keep[self._groups, self.pick] = True
         return keep

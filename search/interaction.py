@@ -16,6 +16,7 @@ from mpq.search.ilp import Ilp
 from mpq.search.knapsack import Knapsack
 from mpq.search.local_search import LocalSearch
 from mpq.search.psd_bound import PsdBound, separable_bound
+from mpq.search.rows import fitting
 
 Mask = NDArray[np.bool_]
 
@@ -184,15 +185,7 @@ class BranchAndBound:
         return [(max(low, float(forced[g, s])), node, _fixed(keep, g, int(s))) for s in np.flatnonzero(keep[g])]
 
     def _fitting(self, keep: Mask) -> Mask:
-        """Without schemes that exceed a limit even if all other groups take what costs least."""
-        while keep.any(1).all():
-            cost = np.where(keep[..., None], self._cost, np.inf)
-            least = cost.min(1)
-            over = cost - least[:, None] > (self._limit - least.sum(0)) + 1e-9 * np.abs(self._limit)
-            if not (keep & over.any(2)).any():
-                break
-            keep = keep & ~over.any(2)
-        return keep
+        return fitting(keep, self._cost, self._limit)
 
     def _try_all(self, keep: Mask) -> None:
         """Offer the best of all picks of these schemes."""

@@ -10,7 +10,7 @@ shrinks with success (Marsten, Hogan and Blankenship, 1975).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import highspy
 import numpy as np
@@ -53,16 +53,19 @@ def relax(loss: Floats, cost: Floats, limit: Floats, deadline: float = np.inf) -
     """
     if not len(limit):
         return _relaxation(loss, cost, limit, np.zeros(0))
-    # From the least of each row, so that sums are of the size of what is decided.
+    # From the least of each row and in units of its span, so that sums are of the size of what is decided.
     least = np.where(np.isfinite(loss)[..., None], cost, np.inf).min(1)
     cost, limit = cost - least[:, None], limit - least.sum(0)
+    span = cost.max(1).sum(0)
+    span[span == 0] = 1.0
+    cost, limit = cost / span, limit / span
     start = None
     if len(loss) > _SAMPLE:
         step = -(-len(loss) // _SAMPLE)
         part = cost[::step]
-        share = part.max(1).sum(0) / np.maximum(cost.max(1).sum(0), 1e-300)
-        start = _Dual(loss[::step], part, limit * share).climb(None, deadline)
-    return _relaxation(loss, cost, limit, _Dual(loss, cost, limit).climb(start, deadline))
+        start = _Dual(loss[::step], part, limit * part.max(1).sum(0)).climb(None, deadline)
+    found = _relaxation(loss, cost, limit, _Dual(loss, cost, limit).climb(start, deadline))
+    return replace(found, prices=found.prices / span)
 
 
 def _relaxation(loss: Floats, cost: Floats, limit: Floats, prices: Floats) -> Relaxation:
@@ -103,9 +106,8 @@ class _Dual:
         """Prices with the largest bound that is found."""
         prices = self._one_by_one() if start is None else start
         best, _ = self.value(prices)
-        # The unit of a price: itself, or where it is zero, all loss over the whole span of the row.
-        span = np.maximum(self._cost.max(1).sum(0), 1e-300)
-        unit = np.maximum(prices, 1e-3 * max(best - self._floor, 1e-12 * (self._worst - self._floor)) / span)
+        # The unit of a price: itself, or where it is zero, some of the loss above the least, over the whole span of the row.
+        unit = np.maximum(prices, 1e-3 * max(best - self._floor, 1e-12 * (self._worst - self._floor), 1e-30))
         radius = 0.3 if start is None else 0.05
         for _ in range(_ITERATIONS):
             if time.perf_counter() > deadline or best > self._worst + 1e-6 * abs(self._worst):

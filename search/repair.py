@@ -8,7 +8,7 @@ import numpy as np
 
 from mpq.problem import Floats, Ints
 
-_TINY = 1e-300
+_TINY = 1e-30  # keeps ratios of scaled numbers finite
 
 
 class Repair:
@@ -26,11 +26,14 @@ class Repair:
     def __init__(
         self, loss: Floats, cost: Floats, limit: Floats, reduced: Floats, prices: Floats, deadline: float
     ) -> None:
-        self._loss, self._cost, self._limit = loss, cost, limit
-        self._reduced, self._prices, self._deadline = reduced, prices, deadline
-        self._groups = np.arange(len(loss))
-        self._allowed = np.isfinite(loss)
-        self._unit = np.maximum(np.abs(cost).max((0, 1)), _TINY)
+        allowed = np.isfinite(loss)
+        worth = float(np.abs(loss[allowed]).max()) or 1.0
+        unit = np.abs(cost).max((0, 1))
+        unit[unit == 0] = 1.0
+        self._loss, self._allowed = loss / worth, allowed
+        self._cost, self._limit = cost / unit, limit / unit
+        self._reduced, self._toll = reduced / worth, cost @ prices / worth
+        self._deadline, self._groups = deadline, np.arange(len(loss))
 
     def best(self) -> Ints | None:
         """The least total loss of the feasible picks found, or None."""
@@ -45,10 +48,9 @@ class Repair:
 
     def _starts(self) -> list[Ints]:
         """The relaxation's pick; those of higher prices, which use less; and the one that uses least."""
-        toll = self._cost @ self._prices
-        share = self._cost / np.maximum(np.abs(self._limit), self._unit)
+        share = self._cost / np.maximum(np.abs(self._limit), 1.0)
         least = np.where(self._allowed, share.sum(2), np.inf)
-        higher = [(self._reduced + more * toll).argmin(1) for more in (0.02, 0.3)]
+        higher = [(self._reduced + more * self._toll).argmin(1) for more in (0.02, 0.3)]
         return [self._reduced.argmin(1), *higher, least.argmin(1)]
 
     def _feasible(self, pick: Ints) -> Ints | None:
@@ -61,7 +63,7 @@ class Repair:
                 return pick
             added = self._cost - self._cost[g, pick][:, None]
             before = np.maximum(over, 0.0)
-            ended = ((before - np.maximum(over + added, 0.0)) / self._unit).sum(2)
+            ended = (before - np.maximum(over + added, 0.0)).sum(2)
             ended[~self._allowed] = 0.0
             price = np.maximum(np.where(self._allowed, self._reduced, 0.0) - self._reduced[g, pick][:, None], _TINY)
             rate = np.where(ended > 1e-15 * before.max(), ended, 0.0) / price
@@ -72,7 +74,7 @@ class Repair:
                 return None
             # As many as stay short of what is needed, at least one: later moves are looked at anew.
             total = over + np.cumsum(added[order, move[order]], 0)
-            still = (total > 0).any(1) & (np.maximum(total, 0) <= before + 1e-12 * self._unit).all(1)
+            still = (total > 0).any(1) & (np.maximum(total, 0) <= before + 1e-12).all(1)
             count = max(1, int(still.argmin()) if not still.all() else len(order))
             pick[order[:count]] = move[order[:count]]
 

@@ -16,6 +16,19 @@ def binding_rows(problem: Problem) -> tuple[Floats, Floats]:
     return cost, np.concatenate([np.zeros(0), *(c.slack_limit[rows] for c, rows in kept)])
 
 
+def fitting(keep: NDArray[np.bool_], cost: Floats, limit: Floats) -> NDArray[np.bool_]:
+    """Choices ``[G, S]`` without those that exceed a limit even if all other groups take what costs least."""
+    while keep.any(1).all():
+        masked = np.where(keep[..., None], cost, np.inf)
+        least = masked.min(1)
+        rounding = 1e-9 * np.abs(limit) + 1e-12 * np.abs(least).sum(0)
+        over = (masked - least[:, None] > limit - least.sum(0) + rounding).any(2)
+        if not (keep & over).any():
+            break
+        keep = keep & ~over
+    return keep
+
+
 def named_prices(problem: Problem, prices: Floats) -> dict[str, float]:
     """Constraint name -> loss saved per unit that all its rows are loosened; prices are of the binding rows."""
     found, first = {}, 0
