@@ -44,7 +44,7 @@ def extend_frontier(
     losses: Floats,
     more_cost: Floats,
     more_loss: Floats,
-    limit: float,
+    within: tuple[float, float] = (-np.inf, np.inf),
     regrets: tuple[Floats, Floats, float] | None = None,
 ) -> tuple[Floats, Floats, Floats, Ints, Ints]:
     """One step of the dynamic program: join each state with each scheme of the next group and prune.
@@ -54,7 +54,7 @@ def extend_frontier(
         losses: Losses of the states ``[N]``.
         more_cost: Costs of the group's schemes ``[K]``.
         more_loss: Losses of the group's schemes ``[K]``.
-        limit: States above this cost are dropped.
+        within: States whose cost is not in this range are dropped.
         regrets: Reduced costs of the states ``[N]`` and schemes ``[K]``, and the largest sum that is kept.
 
     Returns:
@@ -62,7 +62,7 @@ def extend_frontier(
     """
     cost = (costs[:, None] + more_cost).ravel()
     loss = (losses[:, None] + more_loss).ravel()
-    fits = cost <= limit
+    fits = (within[0] <= cost) & (cost <= within[1])
     regret = np.zeros_like(cost)
     if regrets is not None:
         state_regret, scheme_regret, gap = regrets
@@ -94,7 +94,7 @@ def exact_frontier(loss: Floats, cost: Floats, max_states: int | None = None) ->
     history: list[tuple[Ints, Ints]] = []
     for g in range(len(loss)):
         schemes = np.flatnonzero(np.isfinite(loss[g]))
-        costs, losses, _, parent, choice = extend_frontier(costs, losses, cost[g, schemes], loss[g, schemes], np.inf)
+        costs, losses, _, parent, choice = extend_frontier(costs, losses, cost[g, schemes], loss[g, schemes])
         if len(costs) > max_states:
             return None
         history.append((parent, schemes[choice]))
