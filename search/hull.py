@@ -101,6 +101,9 @@ def linear_optimum(loss: Floats, cost: Floats, limit: float) -> tuple[float, Int
         limit: Of the sum of costs; at least that of the cheapest schemes.
     """
     G = len(loss)
+    best = loss.argmin(1)
+    if cost[np.arange(G), best].sum() <= limit:
+        return 0.0, best
     bracket = _bracket(loss, cost, limit) if G > _SMALL else None
     if bracket is None:
         return _fill(hull_sweep(loss, cost), cost, limit)

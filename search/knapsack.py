@@ -1,4 +1,4 @@
-"""Exact multiple-choice knapsack: least loss under one additive limit, with a certificate, for up to millions of groups."""
+"""Exact multiple-choice knapsack: least loss under one additive limit, with a certificate, up to millions of groups."""
 
 from __future__ import annotations
 

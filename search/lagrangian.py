@@ -106,7 +106,7 @@ class _Dual:
         """Prices with the largest bound that is found."""
         prices = self._one_by_one() if start is None else start
         best, _ = self.value(prices)
-        # The unit of a price: itself, or where it is zero, some of the loss above the least, over the whole span of the row.
+        # The unit of a price: itself, or where it is zero, some of the loss above the least for the row's whole span.
         unit = np.maximum(prices, 1e-3 * max(best - self._floor, 1e-12 * (self._worst - self._floor), 1e-30))
         radius = 0.3 if start is None else 0.05
         for _ in range(_ITERATIONS):
