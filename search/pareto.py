@@ -27,14 +27,23 @@ class FrontierPicks:
     exact: bool
 
 
-def convex_frontier(loss: Floats, cost: Floats) -> FrontierPicks:
+def convex_frontier(loss: Floats, cost: Floats, max_points: int = 20_000) -> FrontierPicks:
     """Every pick that is optimal for some price of the cost, in one sweep over the hull edges.
 
     Args:
         loss: ``[G, S]``, infinite where not allowed.
         cost: ``[G, S]``, finite.
+        max_points: Of more picks keep about this many, evenly along the cost; fewer with over 1,000 groups (memory).
     """
-    picks = np.array(list(hull_sweep(loss, cost).picks()))
+    sweep = hull_sweep(loss, cost)
+    spent = np.concatenate([[0.0], np.cumsum(sweep.added_cost)])
+    most = max(2, min(max_points, 20_000_000 // max(1, len(loss))))
+    if len(spent) <= most:
+        picks = np.array(list(sweep.picks()))
+    else:
+        along = np.searchsorted(spent, np.linspace(0, spent[-1], most))
+        moves = np.unique(np.minimum(along, len(spent) - 1))
+        picks = np.array([sweep.pick(m) for m in moves.tolist()])
     groups = np.arange(len(loss))
     return FrontierPicks(picks, cost[groups, picks].sum(1), loss[groups, picks].sum(1), exact=False)
 
@@ -104,3 +113,20 @@ def exact_frontier(loss: Floats, cost: Floats, max_states: int | None = None) ->
         parent, scheme = history[g]
         picks[:, g], state = scheme[state], parent[state]
     return FrontierPicks(picks, costs, losses, exact=True)
+
+
+def undominated(points: Floats) -> Ints:
+    """Which points ``[N, D]`` no other dominates, smaller being better; of equal ones the first. Sorted by column."""
+    order = np.lexsort(points.T[::-1])
+    kept: list[int] = []
+    if points.shape[1] == 2:
+        least = np.inf
+        for i in order:
+            if points[i, 1] < least:
+                kept.append(int(i))
+                least = points[i, 1]
+        return np.array(kept, np.int64)
+    for i in order:  # a later point dominates no earlier one
+        if not kept or not (points[kept] <= points[i]).all(1).any():
+            kept.append(int(i))
+    return np.array(kept, np.int64)

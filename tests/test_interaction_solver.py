@@ -232,6 +232,19 @@ def test_local_search_alone_finds_the_optimum(monkeypatch):
     np.testing.assert_array_equal(found.pick, best.pick)
 
 
+def test_prices_are_those_of_changing_one_group_at_a_time():
+    """Of the separable problem with the interactions that each choice has with the answer."""
+    problem = network(14)
+    best = Interaction().solve(problem)
+    pairs = problem.interactions[:, :, np.arange(14), best.pick].sum(2)
+    expected = Ilp().solve(Problem(problem.loss + pairs, problem.constraints))
+    assert best.prices == expected.prices
+    assert best.prices["size"] > 0
+    loose = Constraint("loose", "", np.ones((14, 5)), 100.0)
+    both = Interaction().solve(Problem(problem.loss, (loose, *problem.constraints), problem.interactions))
+    assert both.prices == {"loose": 0.0, **best.prices}
+
+
 def test_several_constraints_are_met_and_proven():
     problem = network(10)
     rng = np.random.default_rng(1)
