@@ -92,12 +92,7 @@ class _Run:
         if gap <= 2 * self._rounding or not self.price:
             return False
         base = self._reduced.argmin(1)
-        second = self._reduced.copy()
-        second[self._groups, base] = np.inf
-        second = second.min(1)
-        open_ = np.flatnonzero(second <= gap)
-        if len(open_) > _IN_DOUBT:
-            open_ = open_[np.argpartition(second[open_], _IN_DOUBT)[:_IN_DOUBT]]
+        open_ = self._in_doubt(base, gap)
         added = np.where(self._reduced[open_] <= gap, self._cost[open_] - self._cost[open_, base[open_]][:, None], 0.0)
         reach = np.abs(added).max(1)
         # Large moves first: the small ones then fill the room that is left.
@@ -119,10 +114,7 @@ class _Run:
         total = np.where(cost <= 0, regret - self.price * cost, np.inf)
         if not len(total) or total.min() >= gap:
             return False
-        pick, state = base, int(total.argmin())
-        for g, (parent, choice) in zip(open_[::-1], history[::-1], strict=True):
-            pick[g], state = choice[state], int(parent[state])
-        return self._offer(pick)
+        return self._offer(_traced(base, open_, history, int(total.argmin())))
 
     def prove(self, max_states: int, deadline: float) -> bool:
         """Dynamic programming over all choices that are left; whether it ended, so that the pick is optimal."""
@@ -160,14 +152,22 @@ class _Run:
             history.append((parent, schemes[choice]))
             if len(costs) > max_states or time.perf_counter() > deadline:
                 return False
-        for state in np.argsort(losses, kind="stable"):
-            pick = fixed.copy()
-            for g, (parent, choice) in zip(core[::-1], history[::-1], strict=True):
-                pick[g], state = choice[state], int(parent[state])
+        for state in np.argsort(losses, kind="stable").tolist():
+            pick = _traced(fixed, core, history, state)
             if self._problem.feasible(pick):
                 self._offer(pick)
                 break
         return True
+
+    def _in_doubt(self, base: Ints, gap: float) -> Ints:
+        """Groups whose second best scheme has the least reduced cost."""
+        second = self._reduced.copy()
+        second[self._groups, base] = np.inf
+        second = second.min(1)
+        found = np.flatnonzero(second <= gap)
+        if len(found) > _IN_DOUBT:
+            found = found[np.argpartition(second[found], _IN_DOUBT)[:_IN_DOUBT]]
+        return found
 
     def _gap(self) -> float:
         return max(0.0, self._objective - self.bound) + self._rounding
@@ -179,6 +179,14 @@ class _Run:
             return False
         self.pick, self._objective = pick, objective
         return True
+
+
+def _traced(pick: Ints, groups: Ints, history: list[tuple[Ints, Ints]], state: int) -> Ints:
+    """The pick with what a state of a dynamic program chose for these groups: parent state and scheme of each."""
+    found = pick.copy()
+    for g, (parent, choice) in zip(groups[::-1], history[::-1], strict=True):
+        found[g], state = choice[state], int(parent[state])
+    return found
 
 
 def _thinned(cost: Floats, regret: Floats, gap: float, width: float) -> Ints:
