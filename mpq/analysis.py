@@ -131,7 +131,7 @@ class Analysis:
         return self.config(pick)
 
     def pareto(self, metric: str = "size") -> Frontier:
-        """All best trade-offs between predicted loss and a metric.
+        """The best trade-offs between predicted loss and a metric; with interactions where they are known.
 
         Raises:
             BudgetError: If the metric has no cost model here.

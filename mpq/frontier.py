@@ -14,8 +14,9 @@ import numpy as np
 from mpq.analysis import Analysis, Budgets
 from mpq.config import BitConfig
 from mpq.cost_models.table import Cost
-from mpq.problem import Floats, Ints
-from mpq.search import convex_frontier, exact_frontier
+from mpq.problem import Floats, Ints, Problem
+from mpq.search import FrontierPicks, convex_frontier, exact_frontier, interaction_frontier
+from mpq.search.pareto import undominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class Frontier(Sequence[BitConfig]):
     """Configs that no other dominates, by rising cost.
 
-    ``front[i]`` is a `BitConfig`; ``front.at("size<=30%")`` is the exact optimum for a budget, also between the points.
+    ``front[i]`` is a `BitConfig`; ``front.at("size<=30%")`` solves any budget, also between the points.
 
     Attributes:
         analysis: What it was made from.
@@ -35,8 +36,9 @@ class Frontier(Sequence[BitConfig]):
         loss: Predicted loss of each point ``[P]``, falling.
         picks: Scheme index per group of each point ``[P, G]``.
         exact: True if the points come from all trade-offs there are (perhaps thinned, see `total`); False if they are
-            those of the convex hull.
+            those of the convex hull or, with interactions, the best that local search found.
         total: How many points the frontier has before thinning.
+        interacting: The loss counts interactions between layers.
     """
 
     analysis: Analysis = field(repr=False)
@@ -47,6 +49,12 @@ class Frontier(Sequence[BitConfig]):
     picks: Ints
     exact: bool
     total: int
+    interacting: bool = False
+
+    @property
+    def kind(self) -> str:
+        """``exact``, ``convex`` or ``interaction-aware``."""
+        return "interaction-aware" if self.interacting else "exact" if self.exact else "convex"
 
     def __len__(self) -> int:
         return len(self.picks)
@@ -64,7 +72,7 @@ class Frontier(Sequence[BitConfig]):
         return (self.analysis.config(pick) for pick in self.picks)
 
     def at(self, budget: Budgets) -> BitConfig:
-        """The config with the least predicted loss under budgets: solved exactly, nothing is measured again.
+        """The config with the least predicted loss under budgets: solved anew, nothing is measured again.
 
         Raises:
             BudgetError: If a budget does not parse or can't be reached.
@@ -88,6 +96,7 @@ class Frontier(Sequence[BitConfig]):
             "metric": self.metric,
             "unit": self.unit,
             "exact": self.exact,
+            "interactions": self.interacting,
             "total": self.total,
             "points": points,
             "provenance": dict(sorted(self.analysis.provenance.items())),
@@ -101,7 +110,7 @@ class Frontier(Sequence[BitConfig]):
 
     def _kind(self) -> str:
         thinned = f", thinned from {self.total:,}" if self.total > len(self) else ""
-        return f"{len(self)} points of the {'exact' if self.exact else 'convex'} frontier{thinned}"
+        return f"{len(self)} points of the {self.kind} frontier{thinned}"
 
     def __repr__(self) -> str:
         rows = [f"Frontier: {self._kind()}, predicted {self.analysis.provenance['loss']} rise against {self.metric}"]
@@ -114,22 +123,28 @@ class Frontier(Sequence[BitConfig]):
 
 
 def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Frontier:
-    """The frontier of an analysis over one cost: exact if it is small enough, else its convex hull.
+    """The frontier of an analysis over one cost.
+
+    Without interactions it is exact if it is small enough, else its convex hull. With interactions, local search
+    improves those points and the ones that are dominated then are dropped.
 
     Args:
         analysis: What is known of the model.
         cost: The cost on the horizontal axis.
         max_points: Thin a longer frontier to about this many points; the points of its hull all stay.
     """
-    loss = analysis.problem().loss
-    hull = convex_frontier(loss, cost.cost)
-    found = exact_frontier(loss, cost.cost) or hull
+    problem = analysis.problem()
+    hull = convex_frontier(problem.loss, cost.cost)
+    found = exact_frontier(problem.loss, cost.cost) or hull
+    interacting = problem.interactions is not None and bool(problem.interactions.any())
+    if interacting:
+        found = _interacting(analysis, problem, cost, found)
     keep = np.arange(len(found.cost))
-    if found.exact and len(keep) > max_points:
-        on_hull = np.isin(found.cost, hull.cost)
+    if len(keep) > max_points and (found.exact or interacting):
         # Evenly along the cost axis, so that no stretch of it is left empty.
-        spread = np.searchsorted(found.cost, np.linspace(found.cost[0], found.cost[-1], max_points))
-        keep = np.union1d(np.flatnonzero(on_hull), spread)
+        keep = np.searchsorted(found.cost, np.linspace(found.cost[0], found.cost[-1], max_points))
+        on_hull = np.flatnonzero(np.isin(found.cost, hull.cost)) if found.exact else keep[:0]
+        keep = np.union1d(keep, on_hull)
     metric = np.array([cost.metric(c) for c in found.cost[keep]])
     return Frontier(
         analysis,
@@ -140,4 +155,13 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
         found.picks[keep],
         found.exact,
         len(found.cost),
+        interacting,
     )
+
+
+def _interacting(analysis: Analysis, problem: Problem, cost: Cost, starts: FrontierPicks) -> FrontierPicks:
+    """The frontier with interactions, its losses as the table predicts them: saturated and never negative."""
+    found = interaction_frontier(problem, cost.cost, starts)
+    loss = analysis.table.predict_all(found.picks)
+    kept = undominated(np.c_[found.cost, loss])
+    return FrontierPicks(found.picks[kept], found.cost[kept], loss[kept], exact=False)

@@ -107,6 +107,24 @@ class Problem:
         masked = {c.name: np.where(self.allowed[..., None], c.cost, np.inf) for c in self.constraints}
         return {name: cost.min(1).sum(0) for name, cost in masked.items()}
 
+    def least(self, name: str, loss_limit: float) -> Problem:
+        """The other direction: the least of a constraint's metric, with the total loss under a limit.
+
+        All other constraints stay; that of the metric goes, and one called ``loss`` comes.
+
+        Raises:
+            MpqError: If there is no such constraint, it has several rows, or the loss has interactions.
+        """
+        found = next((c for c in self.constraints if c.name == name), None)
+        if found is None or found.cost.shape[2] != 1:
+            known = ", ".join(c.name for c in self.constraints if c.cost.shape[2] == 1) or "none"
+            raise MpqError(f"{name!r} is not a constraint with one row; there are: {known}")
+        if self.interactions is not None:
+            raise MpqError("a loss with interactions can't be a constraint: it is no sum over groups")
+        loss = Constraint("loss", "", np.where(self.allowed, self.loss, 0.0), np.array([loss_limit]))
+        others = tuple(c for c in self.constraints if c is not found)
+        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, loss))
+
 
 def pair_sum(interactions: Floats | None, pick: ArrayLike) -> float:
     """Sum of the interactions ``[G, S, G, S]`` over all pairs of groups of a pick ``[G]``; 0 for None."""

@@ -7,9 +7,11 @@ one file here plus one line in `SOLVERS`.
 from typing import Protocol
 
 from mpq.problem import Problem, Solution
+from mpq.search.epsilon import Surface, epsilon_surface, hypervolume
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.ilp import Ilp
 from mpq.search.interaction import Interaction, separable_solver
+from mpq.search.interaction_frontier import interaction_frontier
 from mpq.search.knapsack import Knapsack
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 
@@ -42,7 +44,11 @@ __all__ = [
     "Interaction",
     "Knapsack",
     "Solver",
+    "Surface",
     "auto_solver",
     "convex_frontier",
+    "epsilon_surface",
     "exact_frontier",
+    "hypervolume",
+    "interaction_frontier",
 ]

@@ -14,6 +14,10 @@ import numpy as np
 
 from mpq.problem import Floats, Ints
 
+_SMALL = 20_000  # groups that are swept as a whole
+_SAMPLE = 4000  # groups that give the first guess of the price of a larger problem
+_LATER = 1000  # edges beyond the limit that are tried to use the room left
+
 
 @dataclass(frozen=True, eq=False)
 class HullSweep:
@@ -83,3 +87,80 @@ def hull_sweep(loss: Floats, cost: Floats) -> HullSweep:
     group, scheme, added_cost, slope = (np.concatenate(column) for column in zip(*edges, strict=True))
     order = np.argsort(-slope, kind="stable")
     return HullSweep(start, group[order], scheme[order], added_cost[order], slope[order])
+
+
+def linear_optimum(loss: Floats, cost: Floats, limit: float) -> tuple[float, Ints]:
+    """Price of the limit in the linear relaxation, and its optimum rounded to a pick: all hull moves that fit.
+
+    Of many groups only those are swept whose best scheme changes between two prices around the answer: what is best at
+    both prices is best between them.
+
+    Args:
+        loss: ``[G, S]``, infinite where not allowed.
+        cost: ``[G, S]``, finite.
+        limit: Of the sum of costs; at least that of the cheapest schemes.
+    """
+    G = len(loss)
+    best = loss.argmin(1)
+    if cost[np.arange(G), best].sum() <= limit:
+        return 0.0, best
+    bracket = _bracket(loss, cost, limit) if G > _SMALL else None
+    if bracket is None:
+        return _fill(hull_sweep(loss, cost), cost, limit)
+    dear, cheap = bracket
+    moving = np.flatnonzero(dear != cheap)
+    fixed = np.ones(G, bool)
+    fixed[moving] = False
+    spent = float(cost[np.flatnonzero(fixed), dear[fixed]].sum())
+    price, found = _fill(hull_sweep(loss[moving], cost[moving]), cost[moving], limit - spent)
+    dear[moving] = found
+    return price, dear
+
+
+def _bracket(loss: Floats, cost: Floats, limit: float) -> tuple[Ints, Ints] | None:
+    """Best picks at two prices, of which the first exceeds the limit and the second does not; None if not found."""
+    groups = np.arange(len(loss))
+
+    def priced(price: float) -> tuple[Ints, bool]:
+        pick = (cost * price + loss).argmin(1)
+        return pick, bool(cost[groups, pick].sum() > limit)
+
+    part = np.arange(0, len(loss), -(-len(loss) // _SAMPLE))
+    masked = np.where(np.isfinite(loss), cost, np.inf)
+    least, most = masked.min(1), np.where(np.isfinite(loss), cost, -np.inf).max(1)
+    share = (limit - least.sum()) / max(float((most - least).sum()), 1e-300)
+    guess, _ = _fill(
+        hull_sweep(loss[part], cost[part]), cost[part], float((least + share * (most - least))[part].sum())
+    )
+    low, high = guess / 1.02, guess * 1.02
+    dear, too_dear = priced(low)
+    cheap, still_too_dear = priced(high)
+    for _ in range(20):
+        if too_dear and not still_too_dear:
+            return dear, cheap
+        if not too_dear:
+            low /= 2
+            dear, too_dear = priced(low)
+        if still_too_dear:
+            high *= 2
+            cheap, still_too_dear = priced(high)
+    return None
+
+
+def _fill(sweep: HullSweep, cost: Floats, limit: float) -> tuple[float, Ints]:
+    """Price where the limit cuts the sweep, and the pick of all moves that fit, steepest first."""
+    spent = float(cost[np.arange(len(cost)), sweep.start].sum())
+    total = spent + np.cumsum(sweep.added_cost)
+    cut = int(np.searchsorted(total, limit, side="right"))
+    price = float(sweep.slope[cut]) if cut < len(sweep.slope) else 0.0
+    pick = sweep.pick(cut)
+    spent = float(total[cut - 1]) if cut else spent
+    stuck = set()  # a group whose next move did not fit can't skip it along the hull
+    for e in range(cut, min(len(sweep.slope), cut + _LATER)):
+        g = int(sweep.group[e])
+        if spent + sweep.added_cost[e] > limit:
+            stuck.add(g)
+        elif g not in stuck:
+            pick[g] = sweep.scheme[e]
+            spent += float(sweep.added_cost[e])
+    return price, pick

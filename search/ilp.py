@@ -1,31 +1,37 @@
-"""Integer linear program for several constraints at once, by PuLP with HiGHS."""
+"""Several constraints at once: Lagrangian relaxation, reduced-cost fixing, and an integer program for the rest."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pulp
+from numpy.typing import NDArray
 
 from mpq.errors import MpqError
-from mpq.problem import Floats, Ints, Problem, Solution, Status, infeasible, solved
+from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved
+from mpq.search.core import Core
+from mpq.search.lagrangian import relax
+from mpq.search.repair import Repair
+from mpq.search.rows import binding_rows, fitting, named_prices
 
-# HiGHS works with absolute tolerances, here on numbers scaled to about one.
-_FEASIBILITY = 1e-9
-_SCALE_SLACK = 10.0
 _MAX_CUTS = 100
+_FIT_UNIT = 10.0  # a unit of the objective at most this many times the excess found is small enough
+_FIRST_CORES = (30, 100)  # groups of the integer programs that only seek a better pick
 
 
 @dataclass(frozen=True)
 class Ilp:
     """Exact solver for any number of constraints and rows.
 
-    Two things make the answer of a floating-point solver trustworthy. A pick that violates a limit by HiGHS's tolerance
-    is cut off and the model solved again. And losses of one problem span many orders of magnitude, while HiGHS's
-    tolerances are absolute: after each solution, schemes that alone cost more than the whole pick are dropped and the
-    losses scaled to it, until the scale fits. `OPTIMAL` holds within about 1e-6 of the objective.
+    1. Lagrangian relaxation of all rows (`mpq.search.lagrangian`): a lower bound, dual prices, and by greedy repair a
+       feasible pick.
+    2. Reduced-cost fixing: a choice that adds more to the bound than the gap is in no better pick. Small integer
+       programs over the groups that are most in doubt narrow the gap, and so fix more.
+    3. The choices that are left go to HiGHS. When it ends, the pick is proven optimal.
+
+    A pick that violates a limit by HiGHS's tolerance is cut off and the program solved again. As HiGHS's tolerances are
+    absolute, the objective is in units of the gap: `OPTIMAL` holds within about 1e-6 of it.
 
     Attributes:
         time_limit: Seconds; after that the best pick found is returned as `FEASIBLE` with its bound.
@@ -46,81 +52,122 @@ class Ilp:
             raise MpqError("the ilp takes no interactions; use the interaction solver")
         if not len(problem.loss):
             return solved(problem, [], 0.0, 0.0, "ilp", proven=True)
-        least = problem.loss.min(1, keepdims=True)
-        excess = problem.loss - least
-        scale = float(excess[problem.allowed].max()) or 1.0
-        best, bound, cuts = None, float(least.sum()), list[Ints]()
-        while True:
-            remaining = self.time_limit - (time.perf_counter() - started)
-            keep = problem.allowed & (excess <= scale * (1 + 1e-9))
-            status, pick, low = self._run(problem, excess, keep, scale, cuts, max(0.1, remaining))
-            seconds = time.perf_counter() - started
-            if pick is None:
-                if best is not None:
-                    return solved(problem, best, bound, seconds, "ilp")
-                if status == pulp.LpSolutionInfeasible:
-                    return infeasible(problem, seconds, "ilp")
-                return self._nothing(seconds, status)
-            if not problem.feasible(pick):
-                cuts.append(pick)
-                if len(cuts) > _MAX_CUTS or remaining <= 0:
-                    return (
-                        self._nothing(seconds, status) if best is None else solved(problem, best, bound, seconds, "ilp")
-                    )
-                continue
-            bound = max(bound, float(least.sum()) + low * scale)
-            if best is None or problem.objective(pick) <= problem.objective(best):
-                best = pick
-            spent = float(excess[np.arange(len(pick)), best].sum())
-            optimal = status == pulp.LpSolutionOptimal
-            if not optimal or scale <= _SCALE_SLACK * spent or spent == 0:
-                return solved(problem, best, bound, seconds, "ilp", proven=optimal)
-            scale = spent
-
-    def _run(
-        self, problem: Problem, excess: Floats, keep: Any, scale: float, cuts: list[Ints], seconds: float
-    ) -> tuple[int, Ints | None, float]:
-        """PuLP's solution status, the pick if any, and the lower bound of the scaled excess loss."""
-        model, choose = _build(problem, excess / scale, keep, cuts)
-        options = {
-            "mip_feasibility_tolerance": _FEASIBILITY,
-            "primal_feasibility_tolerance": _FEASIBILITY,
-            "dual_feasibility_tolerance": _FEASIBILITY,
-            "random_seed": self.seed,
-        }
-        model.solve(pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, **options))
-        # PuLP's `status` says Optimal at a time limit; `sol_status` does not.
-        if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-            return model.sol_status, None, 0.0
-        pick = np.array([max(row, key=lambda s: row[s].value() or 0.0) for row in choose])
-        return model.sol_status, pick, float(model.solverModel.getInfo().mip_dual_bound)
-
-    def _nothing(self, seconds: float, status: int) -> Solution:
-        if status == pulp.LpSolutionNoSolutionFound:
+        run = _Run(problem, started + self.time_limit, self.seed)
+        status = run.solve()
+        seconds = time.perf_counter() - started
+        if run.pick is not None:
+            prices = named_prices(problem, run.prices)
+            return solved(problem, run.pick, run.bound, seconds, "ilp", prices, proven=status is Status.OPTIMAL)
+        if status is Status.INFEASIBLE:
+            return infeasible(problem, seconds, "ilp")
+        if status is Status.NO_SOLUTION:
             message = f"no pick found within {self.time_limit:g} s; raise the time limit"
         else:
             message = "HiGHS finds only picks that violate a limit by its tolerance; loosen the limit slightly"
         return Solution(Status.NO_SOLUTION, None, np.inf, -np.inf, {}, seconds, "ilp", {}, message)
 
 
-def _build(problem: Problem, loss: Floats, keep: Any, cuts: list[Ints]) -> tuple[Any, list[dict[int, Any]]]:
-    """The PuLP model and its binary variables, one dict of kept schemes per group."""
-    model = pulp.LpProblem("mpq", pulp.LpMinimize)
-    choose = [
-        {int(s): model.add_variable(f"x_{g}_{s}", cat="Binary") for s in np.flatnonzero(kept)}
-        for g, kept in enumerate(keep)
-    ]
-    model += pulp.lpSum(loss[g, s] * x for g, row in enumerate(choose) for s, x in row.items())
-    for row in choose:
-        model += pulp.lpSum(row.values()) == 1
-    for c in problem.constraints:
-        for r, limit in enumerate(c.slack_limit):
-            if np.isposinf(limit):
+class _Run:
+    """One solve.
+
+    Attributes:
+        pick: Best pick so far, or None.
+        bound: Lower bound of the optimum.
+        prices: Of the binding rows ``[R]``.
+    """
+
+    def __init__(self, problem: Problem, deadline: float, seed: int) -> None:
+        self._problem, self._deadline, self._seed = problem, deadline, seed
+        self._groups = np.arange(len(problem.loss))
+        self._cost, self._limit = binding_rows(problem)
+        self._allowed = fitting(problem.allowed, self._cost, self._limit)
+        self._loss = np.where(self._allowed, problem.loss, np.inf)
+        self.bound = np.inf
+        if self._allowed.any(1).all():
+            self._relaxed = relax(self._loss, self._cost, self._limit, deadline)
+            self._base = self._relaxed.reduced.argmin(1)
+            self.prices, self.bound = self._relaxed.prices, self._relaxed.bound - self._relaxed.rounding
+        self.pick: Ints | None = None
+        self._objective = np.inf
+        self._cuts: list[Ints] = []
+
+    def solve(self) -> Status:
+        """Improve the pick until time is up or there is a proof: `OPTIMAL` or `INFEASIBLE`."""
+        if np.isinf(self.bound):
+            return Status.INFEASIBLE
+        relaxed = self._relaxed
+        repair = Repair(self._loss, self._cost, self._limit, relaxed.reduced, relaxed.prices, self._deadline)
+        self._offer(repair.best())
+        for count in _FIRST_CORES:
+            if self.pick is None or self._remaining() <= 0:
+                break
+            keep = self._left()
+            if (keep.sum(1) > 1).sum() > 2 * count:
+                _, pick, _ = self._run(self._most_in_doubt(keep, count), self._gap(), self._remaining() / 10)
+                self._offer(pick)
+        return self._prove()
+
+    def _prove(self) -> Status:
+        """Integer programs over all that is left, until the unit of the objective fits what is found."""
+        floor = float(self._problem.loss.min(1).sum())
+        while True:
+            if self._objective - self._relaxed.bound <= 2 * self._relaxed.rounding:
+                return Status.OPTIMAL
+            if self.pick is not None and self._remaining() <= 0:
+                return Status.FEASIBLE
+            unit = self._gap()
+            status, pick, excess = self._run(self._left(), unit, max(0.1, self._remaining()))
+            if pick is not None and not self._problem.feasible(pick):
+                self._cuts.append(pick)
+                if len(self._cuts) > _MAX_CUTS or self._remaining() <= 0:
+                    return Status.FEASIBLE
                 continue
-            scale = max(abs(limit), float(np.abs(c.cost[..., r]).max())) or 1.0
-            total = pulp.lpSum(c.cost[g, s, r] / scale * x for g, row in enumerate(choose) for s, x in row.items())
-            model += total <= limit / scale
-    for pick in cuts:
-        if all(int(s) in row for s, row in zip(pick, choose, strict=True)):
-            model += pulp.lpSum(row[int(s)] for s, row in zip(pick, choose, strict=True)) <= len(pick) - 1
-    return model, choose
+            if pick is None:
+                # Nothing better than what is known, or, by HiGHS's tolerances, not even that.
+                return status if self.pick is None else Status.FEASIBLE
+            self._offer(pick)
+            if status is not Status.OPTIMAL:
+                self.bound = max(self.bound, self._relaxed.bound - self._relaxed.rounding + excess)
+                return status
+            if unit <= _FIT_UNIT * (self._objective - floor) or self._objective == floor:
+                return status
+
+    def _run(self, keep: NDArray[np.bool_], unit: float, seconds: float) -> tuple[Status, Ints | None, float]:
+        relaxed = self._relaxed
+        core = Core(relaxed.reduced, keep, self._base, self._cost, self._limit, relaxed.prices, unit)
+        return core.solve(self.pick, self._cuts, seconds, self._seed)
+
+    def _offer(self, pick: Ints | None) -> None:
+        """Take a pick if it is feasible and better."""
+        if pick is not None and self._problem.feasible(pick) and self._problem.objective(pick) < self._objective:
+            self.pick, self._objective = pick, self._problem.objective(pick)
+
+    def _remaining(self) -> float:
+        return self._deadline - time.perf_counter()
+
+    def _gap(self) -> float:
+        """How far the best pick, or without one the worst of all, is above the relaxation's bound; positive."""
+        upper = self._objective
+        if self.pick is None:
+            upper = float(np.where(self._allowed, self._loss, -np.inf).max(1).sum())
+        found = upper - self._relaxed.bound + 2 * self._relaxed.rounding
+        return max(found, 1e-300)
+
+    def _left(self) -> NDArray[np.bool_]:
+        """Choices that a better pick may make, and those of the best pick and the base ``[G, S]``."""
+        if self.pick is None:
+            return self._allowed
+        keep = self._relaxed.reduced <= self._gap()
+        keep[self._groups, self._base] = keep[self._groups, self.pick] = True
+        return keep
+
+    def _most_in_doubt(self, keep: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+        """Of the choices left, those of the groups whose second best adds least, and of the best pick."""
+        second = np.where(keep, self._relaxed.reduced, np.inf)
+        second[self._groups, self._base] = np.inf
+        chosen = np.zeros(len(keep), bool)
+        chosen[np.argsort(second.min(1), kind="stable")[:count]] = True
+        chosen |= self.pick != self._base
+        found = keep & chosen[:, None]
+        found[self._groups, self._base] = True
+        return found

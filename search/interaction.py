@@ -14,8 +14,10 @@ from mpq.problem import Floats, Ints, Problem, Solution, solved
 from mpq.search.exhaustive import totals
 from mpq.search.ilp import Ilp
 from mpq.search.knapsack import Knapsack
+from mpq.search.lagrangian import relax
 from mpq.search.local_search import LocalSearch
 from mpq.search.psd_bound import PsdBound, separable_bound
+from mpq.search.rows import fitting, named_prices
 
 Mask = NDArray[np.bool_]
 
@@ -39,6 +41,8 @@ class Interaction:
     2. Branch and bound with a semidefinite bound (`mpq.search.psd_bound`), which drops schemes that no better pick
        has. When it ends, the pick is proven optimal, else it is `FEASIBLE` with the bound reached.
 
+    Dual prices are those of the linear relaxation of what changing each group alone does to the answer.
+
     Attributes:
         time_limit: Seconds. Work is counted so that it usually ends before; then the same seed gives the same answer.
         restarts: Kicks of the local search; large problems do fewer.
@@ -58,7 +62,7 @@ class Interaction:
         first = separable_solver(separable, self.time_limit / 4).solve(separable)
         if first.pick is None:
             return replace(first, solver="interaction", seconds=time.perf_counter() - started)
-        search = LocalSearch(_symmetric(problem), started + 0.95 * self.time_limit)
+        search = LocalSearch(symmetric(problem), started + 0.95 * self.time_limit)
         tree = BranchAndBound(search, first.pick, _CUBES * self.time_limit)
         if not tree.small:
             starts = self._linearized(search.problem, first.pick, started + self.time_limit / 4)
@@ -66,8 +70,9 @@ class Interaction:
             rng = np.random.default_rng(self.seed)
             tree.offer(search.search(starts, self.restarts, _MOVES * self.time_limit, until, rng))
         proven = tree.run()
+        prices = _prices(search, tree.pick)
         seconds = time.perf_counter() - started
-        return solved(problem, tree.pick, tree.bound, seconds, "interaction", proven=proven)
+        return solved(problem, tree.pick, tree.bound, seconds, "interaction", prices, proven=proven)
 
     def _linearized(self, problem: Problem, pick: Ints, deadline: float) -> list[Ints]:
         """Picks that are optimal for the objective linearized at the mean of those before (Frank and Wolfe, 1956)."""
@@ -184,15 +189,7 @@ class BranchAndBound:
         return [(max(low, float(forced[g, s])), node, _fixed(keep, g, int(s))) for s in np.flatnonzero(keep[g])]
 
     def _fitting(self, keep: Mask) -> Mask:
-        """Without schemes that exceed a limit even if all other groups take what costs least."""
-        while keep.any(1).all():
-            cost = np.where(keep[..., None], self._cost, np.inf)
-            least = cost.min(1)
-            over = cost - least[:, None] > (self._limit - least.sum(0)) + 1e-9 * np.abs(self._limit)
-            if not (keep & over.any(2)).any():
-                break
-            keep = keep & ~over.any(2)
-        return keep
+        return fitting(keep, self._cost, self._limit)
 
     def _try_all(self, keep: Mask) -> None:
         """Offer the best of all picks of these schemes."""
@@ -226,6 +223,12 @@ def separable_solver(problem: Problem, seconds: float = 60.0) -> Knapsack | Ilp:
     return Knapsack(time_limit=seconds) if rows <= 1 else Ilp(time_limit=seconds)
 
 
+def _prices(search: LocalSearch, pick: Ints) -> dict[str, float]:
+    """Dual prices of the linear relaxation with each group's interactions as they are with the others' choices."""
+    pairs = search.interactions[:, :, np.arange(len(pick)), pick].sum(2)
+    return named_prices(search.problem, relax(search.problem.loss + pairs, search.cost, search.limit).prices)
+
+
 def _few(keep: Mask) -> bool:
     return bool(np.log(keep.sum(1)).sum() <= np.log(_LISTED))
 
@@ -237,7 +240,7 @@ def _fixed(keep: Mask, g: int, s: int) -> Mask:
     return found
 
 
-def _symmetric(problem: Problem) -> Problem:
+def symmetric(problem: Problem) -> Problem:
     """The problem with interactions symmetric to the last bit: what counts is the mean of both halves."""
     assert problem.interactions is not None
     G, S = problem.loss.shape

@@ -7,19 +7,11 @@ import time
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.rows import binding_rows
 
 _CHUNK = 2_000_000  # pair moves looked at together
 _TOLERANCE = 1e-11  # of the sum of all terms: smaller gains are rounding
 _KICK = 7  # groups changed at random between two descents
-
-
-def binding_rows(problem: Problem) -> tuple[Floats, Floats]:
-    """Costs ``[G, S, R]`` and limits ``[R]`` (with their slack) of all rows that some pick violates."""
-    G, S = problem.loss.shape
-    cost = np.concatenate([np.zeros((G, S, 0)), *(c.cost for c in problem.constraints)], axis=2)
-    limit = np.concatenate([np.zeros(0), *(c.slack_limit for c in problem.constraints)])
-    binding = np.where(problem.allowed[..., None], cost, -np.inf).max(1).sum(0) > limit
-    return cost[..., binding], limit[binding]
 
 
 class LocalSearch:

@@ -1,5 +1,7 @@
+import importlib.util
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +223,62 @@ def test_descent_ends_where_no_change_of_one_or_two_groups_helps(chunk, monkeypa
     assert moved > 5
 
 
+def highs_on_the_exact_linearization(problem, seconds):
+    file = Path(__file__).parents[1] / "benchmarks" / "solver_baselines.py"
+    spec = importlib.util.spec_from_file_location("solver_baselines", file)
+    baselines = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(baselines)
+    return baselines.linearized_by_highs(problem, seconds)
+
+
+def test_equal_to_highs_on_the_exact_linearization():
+    """With a variable for each pair of choices; signs, ties and two limits occur."""
+    count = 0
+    for problem in [network(8, 3), network(6, 4, 1), *(random_interacting(seed, constraints=2) for seed in range(8))]:
+        if np.isinf(problem.loss).any() or any(c.limit[0] <= 0 for c in problem.constraints):
+            continue
+        objective, proven = highs_on_the_exact_linearization(problem, 60)
+        best = Interaction().solve(problem)
+        assert proven == (best.status is Status.OPTIMAL)
+        if proven:
+            assert best.objective == pytest.approx(objective, abs=1e-6 * max(1, abs(objective)))
+            count += 1
+    assert count > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_trying_a_million_picks(seed):
+    problem = network(10, 4, seed)
+    best, expected = Interaction().solve(problem), Exhaustive().solve(problem)
+    assert best.status is Status.OPTIMAL
+    np.testing.assert_array_equal(best.pick, expected.pick)
+
+
+@pytest.mark.slow
+def test_never_worse_than_highs_given_a_minute():
+    """Ours in 5 s, with a bound that HiGHS does not contradict."""
+    problem = network(60)
+    best = Interaction(time_limit=5).solve(problem)
+    objective, _ = highs_on_the_exact_linearization(problem, 60)
+    assert problem.feasible(best.pick)
+    assert best.objective <= objective
+    assert 0 < best.bound < best.objective
+    separable = Knapsack().solve(Problem(problem.loss, problem.constraints)).pick
+    assert best.objective < 0.9 * problem.objective(separable)
+
+
+@pytest.mark.parametrize("limits", [1, 2])
+def test_a_short_time_limit_gives_a_feasible_pick(limits):
+    problem = network(60)
+    other = Constraint("other", "", np.tile([2.0, 3, 4, 5, 1], (60, 1)), 150.0)
+    problem = Problem(problem.loss, (*problem.constraints, other)[:limits], problem.interactions)
+    solution = Interaction(time_limit=0.1).solve(problem)
+    assert problem.feasible(solution.pick)
+    assert solution.status is Status.FEASIBLE
+    assert solution.bound < solution.objective
+
+
 def test_local_search_alone_finds_the_optimum(monkeypatch):
     """Its answer, cut off from the proof."""
     problem = network(14)
@@ -230,6 +288,19 @@ def test_local_search_alone_finds_the_optimum(monkeypatch):
     assert found.status is Status.FEASIBLE
     assert found.bound == -np.inf
     np.testing.assert_array_equal(found.pick, best.pick)
+
+
+def test_prices_are_those_of_changing_one_group_at_a_time():
+    """Of the separable problem with the interactions that each choice has with the answer."""
+    problem = network(14)
+    best = Interaction().solve(problem)
+    pairs = problem.interactions[:, :, np.arange(14), best.pick].sum(2)
+    expected = Ilp().solve(Problem(problem.loss + pairs, problem.constraints))
+    assert best.prices == expected.prices
+    assert best.prices["size"] > 0
+    loose = Constraint("loose", "", np.ones((14, 5)), 100.0)
+    both = Interaction().solve(Problem(problem.loss, (loose, *problem.constraints), problem.interactions))
+    assert both.prices == {"loose": 0.0, **best.prices}
 
 
 def test_several_constraints_are_met_and_proven():

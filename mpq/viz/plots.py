@@ -54,25 +54,24 @@ def plot_frontier(
     factor, unit = _AXIS.get(front.unit, (1.0, front.unit))
     positive = front.loss > 0
     ax.step(front.cost[positive] * factor, front.loss[positive], where="post", color=BLUE, lw=1.2, zorder=2)
-    kind = "exact" if front.exact else "convex"
     ax.scatter(
         front.cost[positive] * factor,
         front.loss[positive],
         s=9,
         color=BLUE,
         zorder=3,
-        label=f"{kind} frontier",
+        label=f"{front.kind} frontier",
     )
     if uniform:
         configs = {str(s): front.analysis.uniform(s) for s in front.analysis.space.uniform_schemes}
-        points = {n: (c.metrics[front.metric]["value"] * factor, c.predicted_loss) for n, c in configs.items()}
+        points = {n: (c.metrics[front.metric]["value"] * factor, _predicted(front, c)) for n, c in configs.items()}
         shown = {n: p for n, p in points.items() if p[1] > 0}
         xs, ys = [p[0] for p in shown.values()], [p[1] for p in shown.values()]
         ax.scatter(xs, ys, marker="s", s=36, color=ORANGE, zorder=4, label="uniform")
         for name, point in shown.items():
             ax.annotate(name, point, xytext=(6, 5), textcoords="offset points", color=ORANGE, fontsize=9)
     for cfg in mark:
-        x, y = cfg.metrics[front.metric]["value"] * factor, cfg.predicted_loss
+        x, y = cfg.metrics[front.metric]["value"] * factor, _predicted(front, cfg)
         ax.scatter([x], [y], marker="*", s=150, color=GREEN, edgecolor="white", zorder=5)
         label = ", ".join(cfg.budgets) or f"{cfg.avg_bits:.2f} bits"
         ax.annotate(label, (x, y), xytext=(-7, -13), textcoords="offset points", color=GREEN, fontsize=9, ha="right")
@@ -83,6 +82,12 @@ def plot_frontier(
     ax.margins(x=0.08)
     _tidy(ax)
     return ax
+
+
+def _predicted(front: Frontier, config: BitConfig) -> float:
+    """Predicted loss of a config as the frontier counts it."""
+    whole = config.predicted.get("with_interactions") if front.interacting else None
+    return config.predicted_loss if whole is None else float(whole)
 
 
 def plot_measured(series: Mapping[str, Sequence[BitConfig]], ax: Axes | None = None, *, metric: str = "size") -> Axes:

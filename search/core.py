@@ -1,0 +1,130 @@
+"""The integer program that is left after reduced-cost fixing, by PuLP with HiGHS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pulp
+from numpy.typing import NDArray
+
+from mpq.problem import Floats, Ints, Status
+
+_FEASIBILITY = 1e-9  # HiGHS's tolerance, absolute, on numbers scaled to about one
+_STATUS = {
+    pulp.LpSolutionOptimal: Status.OPTIMAL,
+    pulp.LpSolutionIntegerFeasible: Status.FEASIBLE,
+    pulp.LpSolutionInfeasible: Status.INFEASIBLE,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """Pick among the choices that are left: least of ``reduced cost + price of the room left``.
+
+    This is the excess of the total loss over the relaxation's bound. It is measured in units of the gap between bound
+    and best known pick, so that HiGHS's absolute tolerances are relative to what is still undecided, whatever the
+    orders of magnitude of the losses.
+
+    Attributes:
+        reduced: ``[G, S]``, zero at each group's base.
+        keep: Choices that are left ``[G, S]``; the base always is.
+        base: Choice of each group if no other is made ``[G]``.
+        cost: ``[G, S, R]``.
+        limit: ``[R]``, finite.
+        prices: ``[R]``.
+        gap: The unit of the objective, positive.
+    """
+
+    reduced: Floats
+    keep: NDArray[np.bool_]
+    base: Ints
+    cost: Floats
+    limit: Floats
+    prices: Floats
+    gap: float
+
+    def solve(
+        self, start: Ints | None, cuts: list[Ints], seconds: float, seed: int
+    ) -> tuple[Status, Ints | None, float]:
+        """Run HiGHS.
+
+        Args:
+            start: A pick to start from.
+            cuts: Picks that may not be made.
+            seconds: Time limit.
+            seed: HiGHS's random seed.
+
+        Returns:
+            Status, the pick if any, and a lower bound of the excess.
+        """
+        model, choose = self._model(cuts)
+        options = {
+            "mip_feasibility_tolerance": _FEASIBILITY,
+            "primal_feasibility_tolerance": _FEASIBILITY,
+            "dual_feasibility_tolerance": _FEASIBILITY,
+            "random_seed": seed,
+        }
+        first = None
+        if start is not None and all(self.keep[np.arange(len(start)), start]):
+            first = {x.name: float(start[g] == s) for (g, s), x in choose.items()}
+        solver = _WarmHighs(first, msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, **options)
+        model.solve(solver)
+        # PuLP's `status` says Optimal at a time limit; `sol_status` does not.
+        status = _STATUS.get(model.sol_status, Status.NO_SOLUTION)
+        if status not in (Status.OPTIMAL, Status.FEASIBLE):
+            return status, None, 0.0
+        pick = self.base.copy()
+        for (g, s), x in choose.items():
+            if (x.value() or 0.0) > 0.5:
+                pick[g] = s
+        return status, pick, self.gap * float(model.solverModel.getInfo().mip_dual_bound)
+
+    def _model(self, cuts: list[Ints]) -> tuple[Any, dict[tuple[int, int], Any]]:
+        """The PuLP model, and its binary variables: choices other than the base."""
+        groups = np.arange(len(self.base))
+        others = self.keep.copy()
+        others[groups, self.base] = False
+        g, s = np.nonzero(others)
+        model = pulp.LpProblem("mpq", pulp.LpMinimize)
+        x = [model.add_variable(f"x_{a}_{b}", cat="Binary") for a, b in zip(g, s, strict=True)]
+        terms = [(v, c) for v, c in zip(x, (self.reduced[g, s] / self.gap).tolist(), strict=True)]
+        added = self.cost[g, s] - self.cost[g, self.base[g]]
+        room = self.limit - self.cost[groups, self.base].sum(0)
+        rows = []
+        for r in range(len(room)):
+            scale = max(float(np.abs(added[:, r]).max(initial=0.0)), abs(float(room[r]))) or 1.0
+            slack = model.add_variable(f"slack_{r}", lowBound=0)
+            terms.append((slack, self.prices[r] * scale / self.gap))
+            row = [*zip(x, (added[:, r] / scale).tolist(), strict=True), (slack, 1.0)]
+            rows.append(pulp.LpAffineExpression(row) == float(room[r]) / scale)
+        model += pulp.LpAffineExpression(terms)
+        for row in rows:
+            model += row
+        ends = np.append(np.flatnonzero(np.diff(g)) + 1, len(g))
+        for a, b in zip([0, *ends[:-1]], ends, strict=True):
+            if b - a > 1:
+                model += pulp.LpAffineExpression([(v, 1.0) for v in x[a:b]]) <= 1
+        for cut in cuts:
+            if self.keep[groups, cut].all():
+                taken = cut[g] == s
+                changed = [(v, -1.0 if t else 1.0) for v, t in zip(x, taken, strict=True)]
+                model += pulp.LpAffineExpression(changed) >= 1 - int(taken.sum())
+        return model, dict(zip(zip(g.tolist(), s.tolist(), strict=True), x, strict=True))
+
+
+class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
+    """PuLP's HiGHS with values to start from, which PuLP itself does not pass on."""
+
+    def __init__(self, start: dict[str, float] | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._start = start
+
+    def callSolver(self, lp: Any) -> None:  # noqa: N802
+        """Called by PuLP once the model is built."""
+        if self._start is not None:
+            known = [(v.index, self._start[v.name]) for v in lp.variables() if v.name in self._start]
+            index, value = zip(*known, strict=True) if known else ((), ())
+            lp.solverModel.setSolution(len(index), np.array(index, np.int32), np.array(value, np.float64))
+        super().callSolver(lp)

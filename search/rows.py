@@ -1,0 +1,46 @@
+"""Rows of all constraints side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.problem import Constraint, Floats, Problem
+
+
+def binding_rows(problem: Problem) -> tuple[Floats, Floats]:
+    """Costs ``[G, S, R]`` and limits ``[R]`` (with their slack) of all rows that some pick violates."""
+    G, S = problem.loss.shape
+    kept = [(c, _binding(problem, c)) for c in problem.constraints]
+    cost = np.concatenate([np.zeros((G, S, 0)), *(c.cost[..., rows] for c, rows in kept)], axis=2)
+    return cost, np.concatenate([np.zeros(0), *(c.slack_limit[rows] for c, rows in kept)])
+
+
+def fitting(keep: NDArray[np.bool_], cost: Floats, limit: Floats) -> NDArray[np.bool_]:
+    """Choices ``[G, S]`` without those that exceed a limit even if all other groups take what costs least."""
+    while keep.any(1).all():
+        masked = np.where(keep[..., None], cost, np.inf)
+        least = masked.min(1)
+        rounding = 1e-9 * np.abs(limit) + 1e-12 * np.abs(least).sum(0)
+        over = (masked - least[:, None] > limit - least.sum(0) + rounding).any(2)
+        if not (keep & over).any():
+            break
+        keep = keep & ~over
+    return keep
+
+
+def named_prices(problem: Problem, prices: Floats) -> dict[str, float]:
+    """Constraint name -> loss saved per unit that all its rows are loosened; prices are of the binding rows."""
+    found, first = {}, 0
+    for c in problem.constraints:
+        count = int(_binding(problem, c).sum())
+        found[c.name] = float(prices[first : first + count].sum())
+        first += count
+    return found
+
+
+def _binding(problem: Problem, constraint: Constraint) -> NDArray[np.bool_]:
+    """Which rows some pick violates ``[R]``."""
+    largest = np.where(problem.allowed[..., None], constraint.cost, -np.inf).max(1).sum(0)
+    found: NDArray[np.bool_] = largest > constraint.slack_limit
+    return found
