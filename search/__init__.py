@@ -7,6 +7,7 @@ one file here plus one line in `SOLVERS`.
 from typing import Protocol
 
 from mpq.problem import Problem, Solution
+from mpq.search.baselines import BeamDp, GreedyPath, GreedyRatio, OrderedEnumeration, Uniform
 from mpq.search.epsilon import Surface, epsilon_surface, hypervolume
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.ilp import Ilp
@@ -30,6 +31,15 @@ SOLVERS: dict[str, type[Solver]] = {
     "exhaustive": Exhaustive,
 }
 
+# What other tools do: to compare with.
+BASELINES: dict[str, type[Solver]] = {
+    "uniform": Uniform,
+    "greedy_ratio": GreedyRatio,
+    "greedy_path": GreedyPath,
+    "beam": BeamDp,
+    "ordered": OrderedEnumeration,
+}
+
 
 def auto_solver(problem: Problem) -> Solver:
     """The solver for a problem: with interactions its own; else the knapsack for one row, the ilp for several."""
@@ -37,6 +47,7 @@ def auto_solver(problem: Problem) -> Solver:
 
 
 __all__ = [
+    "BASELINES",
     "SOLVERS",
     "Exhaustive",
     "FrontierPicks",

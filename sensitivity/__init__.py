@@ -14,7 +14,7 @@ from mpq.sensitivity.influence import influence
 from mpq.sensitivity.interaction import Dependency, augmented_order, dependency, measured_pairs, shapley
 from mpq.sensitivity.kernel_share import kernel_share
 from mpq.sensitivity.noise import noise
-from mpq.sensitivity.perturbation import perturbation
+from mpq.sensitivity.perturbation import perturbation, smallest_precision
 from mpq.sensitivity.saliency import (
     activation_saliency,
     gradient_saliency,
@@ -24,7 +24,7 @@ from mpq.sensitivity.saliency import (
 )
 from mpq.sensitivity.squared_gradient import squared_gradient
 from mpq.sensitivity.table import SensitivityTable
-from mpq.sensitivity.top_eigenvalue import top_eigenvalue
+from mpq.sensitivity.top_eigenvalue import hawq_order, top_eigenvalue
 from mpq.sensitivity.weight_only import weight_sqnr, zd
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ __all__ = [
     "dependency",
     "fisher_trace",
     "gradient_saliency",
+    "hawq_order",
     "hessian_trace",
     "influence",
     "kernel_share",
@@ -77,6 +78,7 @@ __all__ = [
     "output_channel_salience",
     "perturbation",
     "shapley",
+    "smallest_precision",
     "squared_gradient",
     "top_eigenvalue",
     "weight_sqnr",

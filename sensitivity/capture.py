@@ -249,6 +249,18 @@ def by_activation(
     return [found[f] for f in formats]
 
 
+def input_power(view: ModelView, space: SearchSpace, data: Calibration, bank: QuantizerBank, progress: bool) -> Floats:
+    """Mean squared rounding error of each layer's inputs under each scheme ``[layers, S]``; one forward pass."""
+
+    def read(layer: LayerSpec, inputs: Inputs) -> list[float]:
+        errors = by_activation(space, bank, layer, inputs, lambda t, r: float((r - t).double().square().sum()))
+        return [*errors, sum(t.numel() for t in tensors_in(inputs) if t.is_floating_point())]
+
+    sums = input_sums(view, space, data, read, "input noise", progress)
+    power: Floats = sums[:, :-1] / np.maximum(sums[:, -1:], 1)
+    return power
+
+
 def has_activations(space: SearchSpace) -> bool:
     """Whether any scheme rounds activations."""
     return any(s.activation is not None for s in space.schemes)

@@ -6,18 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.bank import Inputs, QuantizerBank
+from mpq.bank import QuantizerBank
 from mpq.calibration import Calibration
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
-from mpq.problem import Floats
 from mpq.sensitivity.aggregate import squared_error
 from mpq.sensitivity.capture import (
-    by_activation,
     gradient_sums,
     grouped,
     has_activations,
-    input_sums,
+    input_power,
     over_draws,
     schemes_of,
     table_of,
@@ -25,7 +23,6 @@ from mpq.sensitivity.capture import (
 from mpq.sensitivity.labels import probe_objective
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
-from mpq.trees import tensors_in
 from mpq.view import ModelView
 
 
@@ -109,15 +106,3 @@ def fisher_trace(
 
 def _square(t: Tensor) -> Tensor:
     return t.double().square().sum()
-
-
-def input_power(view: ModelView, space: SearchSpace, data: Calibration, bank: QuantizerBank, progress: bool) -> Floats:
-    """Mean squared rounding error of each layer's inputs under each scheme ``[layers, S]``; one forward pass."""
-
-    def read(layer: LayerSpec, inputs: Inputs) -> list[float]:
-        errors = by_activation(space, bank, layer, inputs, lambda t, r: float(_square(r - t)))
-        return [*errors, sum(t.numel() for t in tensors_in(inputs) if t.is_floating_point())]
-
-    sums = input_sums(view, space, data, read, "input noise", progress)
-    power: Floats = sums[:, :-1] / np.maximum(sums[:, -1:], 1)
-    return power

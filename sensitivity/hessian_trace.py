@@ -16,8 +16,7 @@ from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.quantizers.formats import Scheme
 from mpq.sensitivity.aggregate import by_group, distinct_layers, squared_error
-from mpq.sensitivity.capture import grouped, table_of
-from mpq.sensitivity.fisher_trace import input_power
+from mpq.sensitivity.capture import grouped, input_power, table_of
 from mpq.sensitivity.probing import Estimate, Probing, estimate
 from mpq.sensitivity.table import SensitivityTable
 from mpq.sensitivity.trace_methods import Blocks, GaussNewton, Hutchinson, HutchPlusPlus, random_vectors

@@ -352,10 +352,11 @@ def augmented_order(table: SensitivityTable, scheme: str | None = None) -> Ints:
     """Groups from the least to the most sensitive, each with its dependencies: the order for a bisection.
 
     Schaefer et al. (2023, arXiv:2306.04879) sort layers by their Hessian score augmented with what they do to each
-    other, and bisect over how many from the front can have the lower scheme. Here a group's score is its loss plus its
-    interactions with all others, ``L_g + sum_h I_gh``: just what the predicted loss of the uniform model falls by when
-    this group stays float. For their trace score, put measured or influence's interactions into a ``hessian_trace``
-    table of the same groups and schemes: ``dataclasses.replace(trace, interactions=other.interactions)``.
+    other, and bisect over how many from the front can have the lower scheme. The score here is ours: a group's loss
+    plus its interactions with all others, ``L_g + sum_h I_gh``: just what the predicted loss of the uniform model falls
+    by when this group stays float. For their trace score, put measured or influence's interactions into a
+    ``hessian_trace`` table of the same groups and schemes:
+    ``dataclasses.replace(trace, interactions=other.interactions)``.
 
     Args:
         table: With interactions.
