@@ -68,9 +68,7 @@ def others(problem: Problem, pick: Ints) -> Floats:
     return found
 
 
-def resampled(
-    problem: Problem, stderr: Floats, rows: Floats | None, count: int, seed: int = 0
-) -> Iterator[Problem]:
+def resampled(problem: Problem, stderr: Floats, rows: Floats | None, count: int, seed: int = 0) -> Iterator[Problem]:
     """The problem with losses as other calibration samples might have given them; none is below zero.
 
     With rows: bootstrap over samples (Efron, 1979), which keeps what the entries have in common; interactions move as

@@ -39,17 +39,20 @@ def intervals(problem: Problem) -> dict[str, tuple[Floats, Floats]]:
 
 
 def least_usage(problem: Problem, name: str, time_limit: float = 60.0) -> Solution:
-    """The least of a constraint's metric under the other constraints, whatever the loss.
+    """The least of a metric under the other constraints, whatever the loss.
+
+    Args:
+        problem: With a constraint of this name and one row; its own limit does not count.
+        name: Of the constraint.
+        time_limit: Seconds.
 
     Raises:
         MpqError: If there is no such constraint with one row.
     """
-    return separable_solver(problem, time_limit).solve(without_loss(problem).least(name, np.inf))
-
-
-def without_loss(problem: Problem) -> Problem:
-    """The same allowed choices and constraints, with no losses."""
-    return Problem(np.where(problem.allowed, 0.0, np.inf), problem.constraints)
+    # `least` limits the loss, too; an infinite limit never binds.
+    least = Problem(problem.loss, problem.constraints).least(name, np.inf)
+    others = Problem(least.loss, least.constraints[:-1])
+    return separable_solver(others, time_limit).solve(others)
 
 
 def smallest_relaxation(
