@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from mpq.budget import Budget
 from mpq.config import BitConfig
-from mpq.errors import FormatError, GraphError
 from mpq.feasibility import Feasibility, make_feasibility
 from mpq.problem import Ints, Problem, Solution, Status
 from mpq.quantizers.formats import Scheme
 from mpq.search import Solver
-from mpq.search.explain import Choices, explain_pick, others, resampled, survivors
-from mpq.space import SearchSpace
+from mpq.search.explain import Choices, explain_pick, others
+from mpq.survival import Survival, count_survivors
+from mpq.what_if import WhatIf, solve_pinned
 
 if TYPE_CHECKING:
     from mpq.analysis import Analysis
@@ -39,7 +39,7 @@ class Price:
         unit: Of both.
         price: Loss saved per unit of a higher limit, for small changes (dual price of the linear relaxation); 0 where
             the limit does not bind.
-        step: A round amount, between 1 and 10 % of the limit.
+        step: A round amount, 0.1 to 1 % of the limit.
     """
 
     used: float
@@ -52,92 +52,6 @@ class Price:
     def binding(self) -> bool:
         """A higher limit would lower the loss."""
         return self.price > 0
-
-
-@dataclass(frozen=True, eq=False)
-class WhatIf:
-    """The best config with some groups pinned, against that without.
-
-    Attributes:
-        pin: As given.
-        before: Config without the pins.
-        after: Config with them, solved anew.
-        loss: Predicted loss of both.
-        changes: Group -> scheme before and after, of all groups that change; pinned ones come first.
-        pinned: Names of the pinned groups.
-        proven: Both are proven optimal, so that this is what the pin costs; else it is what was found.
-    """
-
-    pin: Mapping[str, str]
-    before: BitConfig = field(repr=False)
-    after: BitConfig = field(repr=False)
-    loss: tuple[float, float]
-    changes: Mapping[str, tuple[str, str]]
-    pinned: tuple[str, ...]
-    proven: bool
-
-    @property
-    def added_loss(self) -> float:
-        """What the pins add to the predicted loss."""
-        return self.loss[1] - self.loss[0]
-
-    def __repr__(self) -> str:
-        pins = ", ".join(f"{k} to {v}" for k, v in self.pin.items())
-        before, after = self.loss
-        lines = [
-            f"WhatIf: pin {pins}: loss {self.added_loss:+.3g} ({before:.4g} -> {after:.4g})"
-            + ("" if self.proven else ", not proven: the search of one of the two ended early")
-        ]
-        metrics = [
-            f"{m} {v['value']:,.6g} -> {self.after.metrics[m]['value']:,.6g} {v['unit']}"
-            for m, v in self.before.metrics.items()
-            if v["value"] != self.after.metrics[m]["value"]
-        ]
-        lines += [f"  {', '.join(metrics)}"] if metrics else []
-        if not self.changes:
-            lines.append("  nothing changes: the answer has these schemes anyway")
-        width = max(map(len, self.changes), default=0)
-        for name, (a, b) in self.changes.items():
-            lines.append(f"  {name:<{width}}  {a} -> {b}" + (" (pinned)" if name in self.pinned else ""))
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
-
-
-@dataclass(frozen=True)
-class Survival:
-    """How often each choice stays the best when the losses are drawn anew from their errors.
-
-    Attributes:
-        kept: Group -> share of the draws in which it keeps its scheme.
-        schemes: Group -> scheme -> share of the draws in which it has that.
-        whole: Share of the draws in which no group changes.
-        draws: How many.
-        source: ``samples`` (bootstrap over calibration samples) or ``standard errors``.
-    """
-
-    kept: Mapping[str, float]
-    schemes: Mapping[str, Mapping[str, float]]
-    whole: float
-    draws: int
-    source: str
-
-    def __repr__(self) -> str:
-        sure = sum(v >= 0.9 for v in self.kept.values())
-        lines = [
-            f"Survival over {self.draws} draws from {self.source}: {sure} of {len(self.kept)} groups keep their scheme "
-            f"in 90 % or more, the whole map in {self.whole:.0%}"
-        ]
-        unsure = [n for n in sorted(self.kept, key=lambda n: self.kept[n]) if self.kept[n] < 1]
-        width = max(map(len, unsure), default=0)
-        for name in unsure[:_SHOWN]:
-            shares = sorted(self.schemes[name].items(), key=lambda x: -x[1])
-            lines.append(f"  {name:<{width}}  " + ", ".join(f"{s} {v:.0%}" for s, v in shares))
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,19 +141,7 @@ class Explanation:
             FormatError: If a scheme is not open to its group.
             UnreachableError: If the budgets can't be met with the pins.
         """
-        allowed, pinned = _pinned(self.analysis.space, pin)
-        analysis = replace(self.analysis, space=replace(self.analysis.space, allowed=allowed))
-        solution = analysis.solve(self.budgets, self.solver)
-        assert solution.pick is not None
-        after = analysis.config_for(self.budgets, solution)
-        names = [g.name for g in analysis.space.groups]
-        moved = [g for g in np.flatnonzero(solution.pick != self.pick).tolist() if names[g] in pinned]
-        moved += [g for g in np.flatnonzero(solution.pick != self.pick).tolist() if names[g] not in pinned]
-        schemes = [str(s) for s in analysis.space.schemes]
-        changes = {names[g]: (schemes[self.pick[g]], schemes[solution.pick[g]]) for g in moved}
-        proven = all(s.status is Status.OPTIMAL for s in (self.solution, solution))
-        loss = self.loss, analysis.table.predict(solution.pick)
-        return WhatIf({k: str(v) for k, v in pin.items()}, self.config, after, loss, changes, pinned, proven)
+        return solve_pinned(self.analysis, self.budgets, self.solver, (self.solution, self.config), pin)
 
     def survival(self, draws: int = 50, seed: int = 0, time_limit: float = 10.0) -> Survival:
         """How often each choice survives when the table's losses are drawn anew and the problem is solved again.
@@ -251,26 +153,12 @@ class Explanation:
         Args:
             draws: How many times to solve.
             seed: Of the draws.
-            time_limit: Seconds for all of them.
+            time_limit: Seconds for all of them, roughly: work is counted, so that the same seed gives the same shares.
 
         Raises:
             MpqError: If the table knows no errors (measured on one sample, say).
         """
-        table, space = self.analysis.table, self.analysis.space
-        drawn = resampled(self._problem(), table.stderr, table.rows, draws, seed)
-        counts, whole = np.zeros(space.allowed.shape, np.int64), 0
-        groups = np.arange(len(counts))
-        for pick in survivors(self.pick, drawn, time_limit / max(draws, 1)):
-            counts[groups, pick] += 1
-            whole += int((pick == self.pick).all())
-        shares = counts / draws
-        schemes = {
-            group.name: {str(space.schemes[s]): float(shares[g, s]) for s in np.flatnonzero(counts[g])}
-            for g, group in enumerate(space.groups)
-        }
-        kept = {group.name: float(shares[g, self.pick[g]]) for g, group in enumerate(space.groups)}
-        source = "standard errors" if table.rows is None or len(table.rows) < 2 else "samples"
-        return Survival(kept, schemes, whole / draws, draws, source)
+        return count_survivors(self.analysis, self._problem(), self.pick, draws, seed, time_limit)
 
     def to_json(self) -> str:
         """Budgets, prices, reach and the table; same input, same bytes."""
@@ -309,7 +197,7 @@ class Explanation:
                 else "does not bind: a higher limit would buy nothing"
             )
             lines.append(f"{m} {show(p.used)} of {show(p.limit)}, {told}")
-            lines.append(f"{m} can be anything from {show(reach.least)} to {show(reach.most)}")
+            lines.append(f"{m} can reach {show(reach.least)} to {show(reach.most)}")
         return lines
 
     def _columns(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -335,8 +223,8 @@ class Explanation:
         notes = ["margin: what the runner-up would cost in loss, with what it saves or takes priced in"]
         if negative:
             notes.append(
-                f"margins below 0 ({negative}): by price alone the runner-up is better, but it does not fit into what "
-                "the limits leave"
+                f"margins below 0 ({negative}): better by price alone, but choices are whole: the runner-up does not fit, or "
+                "what it frees buys too little"
             )
         return notes
 
@@ -371,7 +259,7 @@ def make_explanation(analysis: Analysis, budgets: tuple[Budget, ...], solver: st
     for budget in budgets:
         cost = analysis.costs[budget.metric]
         limit = budget.limit(cost.reference)
-        step = 10.0 ** math.ceil(math.log10(limit / 100) - 1e-9)
+        step = 10.0 ** math.floor(math.log10(limit / 100) + 1e-9)
         price = choices.prices[cost.name] * cost.divisor * slope
         prices[budget.metric] = Price(cost.total(solution.pick), limit, cost.unit, price, step)
     config = analysis.config_for(budgets, solution)
@@ -382,26 +270,6 @@ def make_explanation(analysis: Analysis, budgets: tuple[Budget, ...], solver: st
 def _slope(analysis: Analysis, predicted: float) -> float:
     """How much a predicted loss moves with the loss before saturation."""
     return (1 - predicted / analysis.table.ceiling) ** 2
-
-
-def _pinned(space: SearchSpace, pin: Mapping[str, str | Scheme]) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Allowed choices with the pins, and the names of the pinned groups."""
-    allowed, pinned = space.allowed.copy(), {}
-    for pattern, wanted in pin.items():
-        scheme = wanted if isinstance(wanted, Scheme) else Scheme.parse(wanted)
-        members = {pattern} if any(g.name == pattern for g in space.groups) else set()
-        if not members:
-            members = {x.name for x in space.graph.match(pattern)}
-        found = [g for g, x in enumerate(space.groups) if x.name in members or members & {y.name for y in x.layers}]
-        if not found:
-            raise GraphError(f"{pattern!r} is not in the search: it was skipped")
-        for g in found:
-            if scheme not in space.schemes or not space.allowed[g, space.schemes.index(scheme)]:
-                names = ", ".join(str(s) for s, ok in zip(space.schemes, space.allowed[g], strict=True) if ok)
-                raise FormatError(f"{scheme} is not open to {space.groups[g].name!r}; it may have {names}")
-            allowed[g] = [s == scheme for s in space.schemes]
-            pinned[space.groups[g].name] = True
-    return allowed, tuple(pinned)
 
 
 def _signed(text: str) -> str:

@@ -97,12 +97,17 @@ class Feasibility:
         )
 
     def _remedy(self) -> str:
-        """The smallest relaxation; limits are rounded up, so that they can be typed as they are."""
+        """The smallest relaxations; limits are rounded up, so that they can be typed as they are."""
         if len(self.relaxed) < 2:
             return ""
+        alone = [
+            f"only {m}<={_rounded_up(r.with_others)}"
+            for m, r in self.metrics.items()
+            if r.limit is not None and r.with_others is not None and r.with_others > r.limit
+        ]
         limits = ", ".join(f"{m}<={_rounded_up(v)}" for m, v in self.relaxed.items())
-        kind = "smallest" if self.proven else "a (not proven smallest)"
-        return f"; {kind} relaxation of all limits: {self.relaxation:.2%} ({limits})"
+        every = f"all limits by {self.relaxation:.2%} ({limits})" + ("" if self.proven else ", not proven smallest")
+        return f"; smallest relaxation: {', or '.join([*alone, every])}"
 
     def to_json(self) -> str:
         """All of it but the costs."""
@@ -125,7 +130,8 @@ class Feasibility:
             show = self.costs[m].scaled
             parts = [f"reachable {show(r.least)} to {show(r.most)}"]
             parts += [] if r.limit is None else [f"limit {show(r.limit)}"]
-            parts += [] if r.with_others is None else [f"at least {show(r.with_others)} under the other budgets"]
+            if r.with_others is not None and r.with_others > r.least:
+                parts.append(f"at least {show(r.with_others)} under the other budgets")
             lines.append(f"  {m:<{width}}  {', '.join(parts)}")
         return "\n".join(lines)
 

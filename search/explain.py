@@ -10,12 +10,14 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.interaction import Interaction, symmetric
+from mpq.search.interaction import separable_solver, symmetric
 from mpq.search.lagrangian import relax
 from mpq.search.local_search import LocalSearch
 from mpq.search.rows import binding_rows, named_prices
 
 _RELAX_SECONDS = 10.0
+_KICKS = 20
+_MOVES = 2.5e7  # pair moves of the local search in a second
 _TIE = 1e-12  # relative: a pick that is worse by less is as good
 
 
@@ -122,21 +124,21 @@ def _bootstrapped(problem: Problem, rows: Floats, count: int, rng: np.random.Gen
 def survivors(pick: Ints, drawn: Iterator[Problem], time_limit: float) -> Iterator[Ints]:
     """The best pick found of each problem, and the given pick where none is better.
 
-    Each is also searched from the given pick, so that a short time limit can't make it look worse than it is.
+    Without interactions exact, unless time is up. With them by local search from the given pick, from the optimum
+    without interactions and from random kicks.
 
     Args:
         pick: Feasible in all problems ``[G]``.
         drawn: Problems of one shape.
-        time_limit: Seconds for each.
+        time_limit: Seconds for each; the local search counts its work instead, which reproduces.
     """
     for problem in drawn:
-        candidates = [pick]
-        found = Interaction(time_limit).solve(problem)
-        if found.pick is not None:
-            candidates.append(found.pick)
+        separable = Problem(problem.loss, problem.constraints)
+        found = separable_solver(separable, time_limit).solve(separable).pick
+        best = pick if found is None else found
         if problem.interactions is not None and len(pick) > 1:
-            candidates.append(LocalSearch(symmetric(problem), time.perf_counter() + time_limit).descend(pick))
-        objectives = np.array([problem.objective(p) for p in candidates])
-        best = int(objectives.argmin())
-        terms = float(np.abs(problem.loss[np.arange(len(pick)), pick]).sum()) + abs(objectives[0])
-        yield pick if objectives[0] <= objectives[best] + _TIE * terms else candidates[best]
+            search = LocalSearch(symmetric(problem), np.inf)
+            best = search.search([pick, best], _KICKS, _MOVES * time_limit, np.inf, np.random.default_rng(0))
+        objective = problem.objective(pick)
+        terms = float(np.abs(problem.loss[np.arange(len(pick)), pick]).sum()) + abs(objective)
+        yield pick if objective <= problem.objective(best) + _TIE * terms else best

@@ -14,6 +14,7 @@ from mpq.errors import MpqError
 from mpq.problem import Constraint, Floats, Ints, Problem, Solution
 from mpq.search.interaction import separable_solver
 
+_DOUBTFUL = 1e-8
 _FEASIBILITY = 1e-9  # HiGHS's tolerance, absolute, on rows scaled to about one
 
 
@@ -80,9 +81,13 @@ def smallest_relaxation(
         pick, proven = np.where(problem.allowed, over[..., 0], np.inf).argmin(1), True
     else:
         pick, proven = _least_excess(problem, over, limit, time_limit)
-    excess = (over[np.arange(len(pick)), pick].sum(0) - limit).max()
-    # What the limits' own tolerance for rounding lets pass needs no relaxation.
-    return Relaxation(0.0 if problem.feasible(pick) else max(0.0, float(excess)), pick, proven)
+    excess = max(0.0, float((over[np.arange(len(pick)), pick].sum(0) - limit).max()))
+    if excess < _DOUBTFUL:  # within tolerances there may be a pick that needs none
+        limited = without_loss(problem)
+        found = separable_solver(limited, time_limit).solve(limited).pick
+        if found is not None:
+            return Relaxation(0.0, found, True)
+    return Relaxation(excess, pick, proven)
 
 
 def _row(constraint: Constraint, r: int, units: Mapping[str, float] | None) -> tuple[Floats, float]:
