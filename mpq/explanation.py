@@ -104,8 +104,9 @@ class Explanation:
         raw = self.solution.objective
         part = (problem.loss + 0.5 * others(problem, self.pick))[groups, self.pick]
         part = part * (self.loss / raw if raw > 0 else 0.0)
-        change = self.analysis.table.saturated(raw + self.choices.change) - self.loss
-        priced = (self.choices.margin - self.choices.change) * _slope(self.analysis, self.loss)
+        alone, margin = (np.where(problem.allowed, x, 0.0) for x in (self.choices.change, self.choices.margin))
+        change = self.analysis.table.saturated(raw + alone) - self.loss
+        priced = (margin - alone) * _slope(self.analysis, self.loss)
         names = [str(s) for s in self.analysis.space.schemes]
         metrics = self.analysis.costs.items()
         rows = []
@@ -223,8 +224,8 @@ class Explanation:
         notes = ["margin: what the runner-up would cost in loss, with what it saves or takes priced in"]
         if negative:
             notes.append(
-                f"margins below 0 ({negative}): better by price alone, but choices are whole: the runner-up does not fit, or "
-                "what it frees buys too little"
+                f"margins below 0 ({negative}): better by price alone, but choices are whole: the runner-up does not "
+                "fit, or what it frees buys too little"
             )
         return notes
 

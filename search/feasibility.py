@@ -82,8 +82,10 @@ def smallest_relaxation(
     else:
         pick, proven = _least_excess(problem, over, limit, time_limit)
     excess = max(0.0, float((over[np.arange(len(pick)), pick].sum(0) - limit).max()))
-    if excess < _DOUBTFUL:  # within tolerances there may be a pick that needs none
-        limited = without_loss(problem)
+    if problem.feasible(pick):
+        return Relaxation(0.0, pick, True)
+    if excess < _DOUBTFUL:  # within HiGHS's tolerance another pick may need none
+        limited = Problem(np.where(problem.allowed, 0.0, np.inf), problem.constraints)
         found = separable_solver(limited, time_limit).solve(limited).pick
         if found is not None:
             return Relaxation(0.0, found, True)
