@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq.problem import Constraint, Floats
-from mpq.units import si
+from mpq.units import show
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,4 @@ class Cost:
 
     def scaled(self, value: float) -> str:
         """A value or a change of the metric with its unit."""
-        if self.unit == "bits":
-            return f"{value:.3g} bits"
-        return si(value, {"bytes": "B", "bit operations": "BitOps"}.get(self.unit, self.unit))
+        return show(value, self.unit)

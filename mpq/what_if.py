@@ -17,6 +17,7 @@ from mpq.problem import Solution, Status
 from mpq.quantizers.formats import Scheme
 from mpq.search import Solver
 from mpq.space import SearchSpace
+from mpq.units import show
 
 if TYPE_CHECKING:
     from mpq.analysis import Analysis
@@ -57,7 +58,7 @@ class WhatIf:
             + ("" if self.proven else ", not proven: the search of one of the two ended early")
         ]
         metrics = [
-            f"{m} {v['value']:,.6g} -> {self.after.metrics[m]['value']:,.6g} {v['unit']}"
+            f"{m} {show(v['value'], v['unit'])} -> {show(self.after.metrics[m]['value'], v['unit'])}"
             for m, v in self.before.metrics.items()
             if v["value"] != self.after.metrics[m]["value"]
         ]
