@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq.problem import Constraint, Floats
+from mpq.units import show
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,19 @@ class Cost:
         """Smallest sum of costs over the allowed choices ``[G, S]``."""
         return float(np.where(allowed, self.cost, np.inf).min(1).sum())
 
+    def cost_ceiling(self, allowed: NDArray[np.bool_]) -> float:
+        """Largest sum of costs over the allowed choices ``[G, S]``."""
+        return float(np.where(allowed, self.cost, -np.inf).max(1).sum())
+
     def metric(self, cost_sum: float) -> float:
         """The metric for a sum of costs."""
         return (cost_sum + self.constant) / self.divisor
+
+    def show(self, value: float) -> str:
+        """A value of the metric for people, with its share of the float model."""
+        share = f" ({value / self.reference:.1%})" if self.reference and self.unit != "bits" else ""
+        return self.scaled(value) + share
+
+    def scaled(self, value: float) -> str:
+        """A value or a change of the metric with its unit."""
+        return show(value, self.unit)

@@ -19,9 +19,10 @@ from mpq.problem import Ints, Problem, Solution, Status
 from mpq.quantizers.formats import Scheme
 from mpq.search import SOLVERS, Solver, auto_solver
 from mpq.space import SearchSpace, layer_scheme
-from mpq.units import si
 
 if TYPE_CHECKING:
+    from mpq.explanation import Explanation
+    from mpq.feasibility import Feasibility
     from mpq.frontier import Frontier
     from mpq.sensitivity.table import SensitivityTable
 
@@ -56,7 +57,7 @@ class Analysis:
         """
         constraints = []
         for budget in budgets:
-            cost = self._cost(budget.metric)
+            cost = self.cost(budget.metric)
             constraints.append(cost.constraint(budget.limit(cost.reference)))
         loss = np.where(self.space.allowed, self.table.loss, np.inf)
         return Problem(loss, tuple(constraints), self.table.interactions)
@@ -71,10 +72,65 @@ class Analysis:
         Raises:
             BudgetError: If a budget does not parse, needs measuring, or can't be reached.
         """
+        budgets = self.parse(budget)
+        return self.config_for(budgets, self.solve(budgets, solver))
+
+    @staticmethod
+    def parse(budget: Budgets) -> tuple[Budget, ...]:
+        """Read budgets that need no measuring.
+
+        Raises:
+            BudgetError: If a budget does not parse or needs measuring.
+        """
         budgets = parse_budgets(budget)
         if any(b.metric == "accuracy_drop" for b in budgets):
             raise BudgetError("accuracy_drop is measured: use mpq.allocate(..., eval_data=labelled batches)")
-        return self.config_for(budgets, self.solve(budgets, solver))
+        return budgets
+
+    def smallest(
+        self, metric: str, loss_limit: float, budget: Budgets | None = None, time_limit: float = 60.0
+    ) -> BitConfig:
+        """The config with the least of a metric whose predicted loss stays under a limit.
+
+        Proven without interactions (status ``optimal``). With them, bisection: the solver's record says which least
+        value is proven; see `mpq.search.smallest`.
+
+        Args:
+            metric: What is to be least, such as ``size`` or ``latency``.
+            loss_limit: Of the predicted loss, interactions included, in the unit of the table.
+            budget: Further budgets.
+            time_limit: Seconds.
+
+        Raises:
+            BudgetError: If the metric has no cost model here, or no config meets the limits.
+        """
+        from mpq.smallest import smallest_config
+
+        return smallest_config(self, metric, loss_limit, () if budget is None else self.parse(budget), time_limit)
+
+    def explain(self, budget: Budgets, solver: str | Solver = "auto") -> Explanation:
+        """The config under budgets and why it is what it is: prices, runners-up, what-if, survival.
+
+        Args:
+            budget: As for `allocate`.
+            solver: As for `allocate`.
+
+        Raises:
+            BudgetError: As for `allocate`.
+        """
+        from mpq.explanation import make_explanation
+
+        return make_explanation(self, self.parse(budget), solver)
+
+    def feasibility(self, budget: Budgets) -> Feasibility:
+        """What each metric can reach, alone and under the budgets, and the smallest relaxation that meets them.
+
+        Raises:
+            BudgetError: If a budget does not parse or needs measuring.
+        """
+        from mpq.feasibility import make_feasibility
+
+        return make_feasibility(self, self.parse(budget))
 
     def solve(self, budgets: tuple[Budget, ...], solver: str | Solver = "auto") -> Solution:
         """The solution under budgets.
@@ -88,7 +144,7 @@ class Analysis:
         if solution.pick is None:
             if solution.status is not Status.INFEASIBLE:
                 raise BudgetError(solution.message)
-            raise UnreachableError(self._unreachable(budgets, problem))
+            raise UnreachableError(self.feasibility(budgets).message)
         return solution
 
     def config_for(self, budgets: tuple[Budget, ...], solution: Solution) -> BitConfig:
@@ -138,9 +194,14 @@ class Analysis:
         """
         from mpq.frontier import make_frontier
 
-        return make_frontier(self, self._cost(metric))
+        return make_frontier(self, self.cost(metric))
 
-    def _cost(self, metric: str) -> Cost:
+    def cost(self, metric: str) -> Cost:
+        """The cost of a metric.
+
+        Raises:
+            BudgetError: If it has no cost model here.
+        """
         if metric not in self.costs:
             known = ", ".join(self.costs)
             hint = "it needs a device profile with a latency model" if metric in UNITS else "it is unknown"
@@ -197,39 +258,6 @@ class Analysis:
             _number(self.table.stderr[g, s]),
         )
 
-    def _unreachable(self, budgets: tuple[Budget, ...], problem: Problem) -> str:
-        """What can't be met, which limit binds and what is the least of every metric."""
-        least = {name: c.metric(c.cost_floor(self.space.allowed)) for name, c in self.costs.items()}
-        by_metric = {b.metric: b for b in budgets}
-        binding = [m for m, b in by_metric.items() if least[m] > b.limit(self.costs[m].reference) * (1 + 1e-9)]
-        if binding:
-            parts = [
-                f"{by_metric[m].text} ({_show(self.costs[m], by_metric[m].limit(self.costs[m].reference))}) "
-                f"is below the smallest reachable {_show(self.costs[m], least[m])}"
-                for m in binding
-            ]
-            start = "; ".join(parts)
-        else:
-            parts = []
-            for m in by_metric:
-                others = tuple(b for b in budgets if b.metric != m)
-                found = auto_solver(problem).solve(
-                    Problem(
-                        np.where(self.space.allowed, self.costs[m].cost, np.inf),
-                        self.problem(others).constraints,
-                    )
-                )
-                if found.pick is not None:
-                    parts.append(
-                        f"under the others, {m} reaches {_show(self.costs[m], self.costs[m].total(found.pick))}"
-                    )
-            start = (
-                f"{' and '.join(by_metric[m].text for m in by_metric)} can be met alone but not together; "
-                + "; ".join(parts)
-            )
-        reach = ", ".join(f"{m} {_show(self.costs[m], v)}" for m, v in least.items())
-        return f"the budget can't be met: {start}. Smallest reachable: {reach}. Loosen the limit or allow lower bits"
-
     def __repr__(self) -> str:
         cost = self.table.provenance.get("forward_passes")
         return (
@@ -253,11 +281,3 @@ def find_solver(solver: str | Solver) -> Solver:
 def _number(value: float) -> float | None:
     """A float that JSON can hold, or None."""
     return float(value) if math.isfinite(value) else None
-
-
-def _show(cost: Cost, value: float) -> str:
-    """A metric for people, with its share of the float model."""
-    if cost.unit == "bits":
-        return f"{value:.3g} bits"
-    scaled = si(value, {"bytes": "B", "bit operations": "BitOps"}.get(cost.unit, cost.unit))
-    return f"{scaled} ({value / cost.reference:.1%})" if cost.reference else scaled

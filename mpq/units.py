@@ -15,3 +15,15 @@ def si(value: float, unit: str) -> str:
     factor, prefix = next(((f, p) for f, p in _PREFIXES if abs(value) >= f), (1.0, ""))
     scaled = f"{value / factor:,.4g}" if factor > 1 else f"{value:,.4g}"
     return f"{scaled} {prefix}{unit}"
+
+
+def show(value: float, unit: str) -> str:
+    """A value or a change of a metric with its unit.
+
+    Example:
+        >>> show(144_398, "bytes"), show(3.578, "bits")
+        ('144.4 kB', '3.58 bits')
+    """
+    if unit == "bits":
+        return f"{value:.3g} bits"
+    return si(value, {"bytes": "B", "bit operations": "BitOps"}.get(unit, unit))

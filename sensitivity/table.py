@@ -69,8 +69,13 @@ class SensitivityTable:
             pairs = self.interactions.reshape(G * S, G * S)
             for part in np.array_split(np.arange(len(chosen)), max(1, len(chosen) * G * G // _CHUNK)):
                 value[part] += 0.5 * pairs[columns[part, :, None], columns[part, None, :]].sum((1, 2))
-        value = np.maximum(value, 0.0)
-        return value / (1 + value / self.ceiling)
+        return self.saturated(value)
+
+    def saturated(self, value: ArrayLike) -> Floats:
+        """Predicted losses of sums of losses and interactions: not negative, and saturated at the ceiling."""
+        found = np.maximum(value, 0.0)
+        saturated: Floats = found / (1 + found / self.ceiling)
+        return saturated
 
     def stderr_of(self, pick: ArrayLike) -> float:
         """Standard error of `predict`: the jackknife over samples where there are rows, else that of `total`."""
