@@ -1,7 +1,8 @@
 """Solvers: arrays in (`mpq.problem.Problem`), `Solution` out. Nothing here imports torch.
 
 A solver keeps its settings in the constructor and has one method, ``solve(problem) -> Solution``. A new one is
-one file here plus one line in `SOLVERS`.
+one file here plus one line in `SOLVERS`. A search that measures true losses is likewise one file and one line in
+`SEARCHES`; its method is ``search(problem, evaluations) -> MeasuredSolution``.
 """
 
 from typing import Protocol
@@ -11,7 +12,10 @@ from mpq.search.exhaustive import Exhaustive
 from mpq.search.ilp import Ilp
 from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
+from mpq.search.ledger import Ledger
+from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
+from mpq.search.random_search import RandomSearch
 
 
 class Solver(Protocol):
@@ -28,6 +32,10 @@ SOLVERS: dict[str, type[Solver]] = {
     "exhaustive": Exhaustive,
 }
 
+SEARCHES: dict[str, type[MeasuredSearch]] = {
+    "random": RandomSearch,
+}
+
 
 def auto_solver(problem: Problem) -> Solver:
     """The solver for a problem: with interactions its own; else the knapsack for one row, the ilp for several."""
@@ -35,13 +43,21 @@ def auto_solver(problem: Problem) -> Solver:
 
 
 __all__ = [
+    "SEARCHES",
     "SOLVERS",
+    "Evaluations",
     "Exhaustive",
     "FrontierPicks",
     "Ilp",
     "Interaction",
     "Knapsack",
+    "Ledger",
+    "Measure",
+    "MeasuredSearch",
+    "MeasuredSolution",
+    "RandomSearch",
     "Solver",
+    "Trace",
     "auto_solver",
     "convex_frontier",
     "exact_frontier",
