@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq.problem import Floats, Ints, Problem, Status, infeasible
-from mpq.progress import open_bar
 from mpq.search.feasible import roomiest
 from mpq.search.ledger import Ledger
 
@@ -113,7 +112,7 @@ class Evaluations:
         seconds: No evaluation begins after this time.
         ledger: Where evaluations are kept; by default in memory.
         executor: Measures the picks of a batch, such as ``ProcessPoolExecutor()`` or Dask's ``client.get_executor()``.
-        progress: Show a bar.
+        report: Called after each evaluation, such as a progress bar's ``update``.
 
     Attributes:
         limit: As given; infinite for None.
@@ -127,7 +126,7 @@ class Evaluations:
         seconds: float | None = None,
         ledger: Ledger | None = None,
         executor: Executor | None = None,
-        progress: bool = False,
+        report: Callable[[], object] | None = None,
     ) -> None:
         self.limit = math.inf if limit is None else limit
         self._measure, self._executor = measure, executor
@@ -137,7 +136,7 @@ class Evaluations:
         self._picks: list[Ints] = []
         self._losses: list[float] = []
         self._reused: list[bool] = []
-        self._bar = open_bar("evaluations", progress, limit)
+        self._report = report
 
     @property
     def left(self) -> float:
@@ -171,7 +170,8 @@ class Evaluations:
                 found[i] = math.inf if math.isnan(loss) else loss, reused
                 if not reused:
                     self._ledger.put(fitting[i], found[i][0])
-                self._bar.update()
+                if self._report is not None:
+                    self._report()
         finally:
             for i in sorted(found):
                 self._remember(fitting[i], *found[i])
@@ -234,7 +234,6 @@ class Evaluations:
 
     def solution(self, problem: Problem, search: str, seconds: float, message: str) -> MeasuredSolution:
         """The best of all feasible picks so far; of equal ones the first."""
-        self._bar.close()
         trace = self.trace
         best = trace.best(problem)
         if not len(trace) or not np.isfinite(best[-1]):
