@@ -16,6 +16,7 @@ from mpq.search.ledger import Ledger
 from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 from mpq.search.random_search import RandomSearch
+from mpq.search.refine import Refine
 
 
 class Solver(Protocol):
@@ -33,6 +34,7 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 SEARCHES: dict[str, type[MeasuredSearch]] = {
+    "refine": Refine,
     "random": RandomSearch,
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "MeasuredSearch",
     "MeasuredSolution",
     "RandomSearch",
+    "Refine",
     "Solver",
     "Trace",
     "auto_solver",

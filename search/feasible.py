@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.ilp import Ilp
@@ -37,6 +37,12 @@ class FeasiblePicks:
     def draw(self, count: int, rng: np.random.Generator) -> Ints:
         """Picks ``[count, G]``: schemes at random, evenly, then repaired; some may be equal."""
         return np.array([self.repair([rng.choice(o) for o in self._options], rng) for _ in range(count)], np.int64)
+
+    def fits(self, picks: Ints) -> NDArray[np.bool_]:
+        """Which of picks ``[K, G]`` are feasible, ``[K]``."""
+        used = self._cost[self._groups, picks].sum(1)
+        fits: NDArray[np.bool_] = (used <= self._limit).all(1) & self.problem.allowed[self._groups, picks].all(1)
+        return fits
 
     def repair(self, pick: ArrayLike, rng: np.random.Generator) -> Ints:
         """A pick ``[G]`` made feasible by random changes of one group, each of which lowers the excess.

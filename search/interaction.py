@@ -58,7 +58,7 @@ class Interaction:
         first = separable_solver(separable, self.time_limit / 4).solve(separable)
         if first.pick is None:
             return replace(first, solver="interaction", seconds=time.perf_counter() - started)
-        search = LocalSearch(_symmetric(problem), started + 0.95 * self.time_limit)
+        search = LocalSearch(symmetric(problem), started + 0.95 * self.time_limit)
         tree = BranchAndBound(search, first.pick, _CUBES * self.time_limit)
         if not tree.small:
             starts = self._linearized(search.problem, first.pick, started + self.time_limit / 4)
@@ -237,9 +237,10 @@ def _fixed(keep: Mask, g: int, s: int) -> Mask:
     return found
 
 
-def _symmetric(problem: Problem) -> Problem:
+def symmetric(problem: Problem) -> Problem:
     """The problem with interactions symmetric to the last bit: what counts is the mean of both halves."""
-    assert problem.interactions is not None
+    if problem.interactions is None:
+        return problem
     G, S = problem.loss.shape
     square: Floats = problem.interactions.reshape(G * S, G * S)
     if (square == square.T).all():

@@ -1,6 +1,6 @@
 import pytest
 
-from mpq.search import RandomSearch
+from mpq.search import RandomSearch, Refine
 from mpq.testing_search import SearchContract
 
 
@@ -8,3 +8,9 @@ class TestRandomSearch(SearchContract):
     @pytest.fixture
     def search(self):
         return RandomSearch()
+
+
+class TestRefine(SearchContract):
+    @pytest.fixture
+    def search(self):
+        return Refine(least_gain=0.0)
