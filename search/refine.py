@@ -35,12 +35,14 @@ class Refine(MeasuredSearch):
         seed: Random seed of the draws.
         least_gain: It ends when less than this share of the loss is expected to be gained by one more evaluation;
             choose about the relative error of a measurement.
+        handful: Evaluations before it may end: a model of fewer can't tell.
         batch: Picks measured at once, for executors.
         drafts: Draws from the posterior for each batch.
     """
 
     seed: int = 0
     least_gain: float = 0.005
+    handful: int = 8
     batch: int = 1
     drafts: int = 8
     name: ClassVar[str] = "refine"
@@ -51,7 +53,7 @@ class Refine(MeasuredSearch):
         evaluations.measure(proposer.first(evaluations)[None])
         while True:
             gain, picks = proposer.propose(evaluations, self.batch, self.drafts)
-            if not len(picks) or gain < self.least_gain:
+            if not len(picks) or (gain < self.least_gain and len(evaluations.trace) >= self.handful):
                 return (
                     f"one more evaluation is expected to gain {gain:.2%} of the loss, less than {self.least_gain:.2%}"
                 )
