@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mpq.problem import Problem, Solution
 from mpq.search.exhaustive import Exhaustive
+from mpq.search.genetic import Genetic, Nsga2
 from mpq.search.ilp import Ilp
 from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
@@ -35,6 +36,8 @@ SOLVERS: dict[str, type[Solver]] = {
 
 SEARCHES: dict[str, type[MeasuredSearch]] = {
     "refine": Refine,
+    "genetic": Genetic,
+    "nsga2": Nsga2,
     "random": RandomSearch,
 }
 
@@ -50,6 +53,7 @@ __all__ = [
     "Evaluations",
     "Exhaustive",
     "FrontierPicks",
+    "Genetic",
     "Ilp",
     "Interaction",
     "Knapsack",
@@ -57,6 +61,7 @@ __all__ = [
     "Measure",
     "MeasuredSearch",
     "MeasuredSolution",
+    "Nsga2",
     "RandomSearch",
     "Refine",
     "Solver",

@@ -1,6 +1,6 @@
 import pytest
 
-from mpq.search import RandomSearch, Refine
+from mpq.search import Genetic, Nsga2, RandomSearch, Refine
 from mpq.testing_search import SearchContract
 
 
@@ -14,3 +14,15 @@ class TestRefine(SearchContract):
     @pytest.fixture
     def search(self):
         return Refine(least_gain=0.0)
+
+
+class TestGenetic(SearchContract):
+    @pytest.fixture
+    def search(self):
+        return Genetic(population=8)
+
+
+class TestNsga2(SearchContract):
+    @pytest.fixture
+    def search(self):
+        return Nsga2(population=8)
