@@ -15,6 +15,7 @@ from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
 from mpq.search.ledger import Ledger
 from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
+from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 from mpq.search.random_search import RandomSearch
 from mpq.search.refine import Refine
@@ -38,6 +39,7 @@ SEARCHES: dict[str, type[MeasuredSearch]] = {
     "refine": Refine,
     "genetic": Genetic,
     "nsga2": Nsga2,
+    "optuna": OptunaSearch,
     "random": RandomSearch,
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "MeasuredSearch",
     "MeasuredSolution",
     "Nsga2",
+    "OptunaSearch",
     "RandomSearch",
     "Refine",
     "Solver",

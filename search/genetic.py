@@ -97,7 +97,7 @@ class Genetic(MeasuredSearch):
     def _seeds(self, problem: Problem) -> Ints:
         """The predicted optimum, then the frontier's points from the one next to the limits."""
         frontier = _frontier(problem)
-        order: Ints = np.argsort([-_used(problem, p).max(initial=0.0) for p in frontier], kind="stable")
+        order: Ints = np.argsort([-used_shares(problem, p).max(initial=0.0) for p in frontier], kind="stable")
         return np.concatenate([frontier[:1], frontier[order]])
 
 
@@ -123,7 +123,7 @@ class Nsga2(Genetic):
         return self._evolve(NSGA2, problem, evaluations)
 
     def _objectives(self, problem: Problem, picks: Ints, losses: Floats) -> Floats:
-        return np.column_stack([losses, np.array([_used(problem, p) for p in picks])])
+        return np.column_stack([losses, np.array([used_shares(problem, p) for p in picks])])
 
     def _seeds(self, problem: Problem) -> Ints:
         frontier = _frontier(problem)
@@ -140,7 +140,7 @@ def _frontier(problem: Problem) -> Ints:
     return np.array([best, *(p for p in points if problem.feasible(p))], np.int64)
 
 
-def _used(problem: Problem, pick: Ints) -> Floats:
+def used_shares(problem: Problem, pick: Ints) -> Floats:
     """Share of each constraint's limit that a pick uses, in its fullest row ``[C]``."""
     usage = problem.usage(pick)
     limits = (np.maximum(np.abs(c.limit), 1e-300) for c in problem.constraints)

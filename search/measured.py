@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,17 @@ from mpq.search.ledger import Ledger
 
 Measure = Callable[[Ints], float]
 """The true loss of a pick ``[G]``."""
+
+
+class PartialMeasure(Protocol):
+    """A measurement that also gives early looks, so that bad picks can be dropped (pruned) before all data is used."""
+
+    def __call__(self, pick: Ints) -> float:
+        """The true loss of a pick ``[G]``."""
+
+    def in_parts(self, pick: Ints) -> Iterator[float]:
+        """The loss on the first part of the data, then on the first two, and so on; the last is the true loss."""
+
 
 _TIME = "the time limit is reached"
 
@@ -116,6 +127,7 @@ class Evaluations:
 
     Attributes:
         limit: As given; infinite for None.
+        partial: The measurement is a `PartialMeasure`.
     """
 
     def __init__(
@@ -137,11 +149,13 @@ class Evaluations:
         self._losses: list[float] = []
         self._reused: list[bool] = []
         self._report = report
+        self._pruned: set[bytes] = set()
+        self.partial = hasattr(measure, "in_parts")
 
     @property
     def left(self) -> float:
         """How many more evaluations the limit allows."""
-        return self.limit - len(self._picks)
+        return self.limit - len(self._picks) - len(self._pruned)
 
     @property
     def trace(self) -> Trace:
@@ -178,6 +192,48 @@ class Evaluations:
         if len(fitting) < len(new):
             raise Stop(f"the limit of {self.limit:g} evaluations is reached")
         return np.array([self._losses[self._seen[p.tobytes()]] for p in wanted])
+
+    def recall(self) -> None:
+        """Take over all evaluations in the ledger, which may come from other processes and other searches."""
+        for pick, loss in zip(*self._ledger.all(), strict=True):
+            self.add(pick, float(loss))
+
+    def add(self, pick: ArrayLike, loss: float) -> None:
+        """Take over an evaluation that was made elsewhere; counted as out of the ledger."""
+        own = np.asarray(pick, np.int64)
+        if not self.known(own):
+            self._ledger.put(own, loss)
+            self._remember(own, loss, True)
+
+    def measure_in_parts(self, pick: Ints, prune: Callable[[int, float], bool]) -> float | None:
+        """Loss of a pick ``[G]``, or None if it was pruned; one that was is not tried again.
+
+        Args:
+            pick: What to measure, with a measurement that has ``in_parts``.
+            prune: Takes the number of a part and the loss so far, and says whether to drop the pick.
+
+        Raises:
+            Stop: As `measure`; a pruned pick counts for the limit.
+        """
+        key = pick.tobytes()
+        if key in self._pruned:
+            return None
+        if key in self._seen or self._ledger.get(pick) is not None or self.left < 1 or time.monotonic() > self._until:
+            return float(self.measure(pick)[0])
+        loss = math.inf
+        try:
+            for part, loss in enumerate(self._measure.in_parts(pick)):  # type: ignore[attr-defined]
+                if prune(part, loss):
+                    self._pruned.add(key)
+                    return None
+        except Exception as error:
+            raise Stop(_failed(error)) from error
+        loss = math.inf if math.isnan(loss) else float(loss)
+        self._ledger.put(pick, loss)
+        self._remember(pick, loss, False)
+        if self._report is not None:
+            self._report()
+        return loss
 
     def _remember(self, pick: Ints, loss: float, reused: bool) -> None:
         self._seen[pick.tobytes()] = len(self._picks)

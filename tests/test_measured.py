@@ -1,6 +1,6 @@
 import pytest
 
-from mpq.search import Genetic, Nsga2, RandomSearch, Refine
+from mpq.search import Genetic, Nsga2, OptunaSearch, RandomSearch, Refine
 from mpq.testing_search import SearchContract
 
 
@@ -26,3 +26,12 @@ class TestNsga2(SearchContract):
     @pytest.fixture
     def search(self):
         return Nsga2(population=8)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga3", "cmaes"])
+class TestOptuna(SearchContract):
+    @pytest.fixture
+    def search(self, sampler):
+        if sampler == "cmaes":
+            pytest.importorskip("cmaes")
+        return OptunaSearch(sampler)
