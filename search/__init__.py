@@ -19,6 +19,7 @@ from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 from mpq.search.random_search import RandomSearch
 from mpq.search.refine import Refine
+from mpq.search.sweep import Sweep
 
 
 class Solver(Protocol):
@@ -41,6 +42,7 @@ SEARCHES: dict[str, type[MeasuredSearch]] = {
     "nsga2": Nsga2,
     "optuna": OptunaSearch,
     "random": RandomSearch,
+    "sweep": Sweep,
 }
 
 
@@ -68,6 +70,7 @@ __all__ = [
     "RandomSearch",
     "Refine",
     "Solver",
+    "Sweep",
     "Trace",
     "auto_solver",
     "convex_frontier",

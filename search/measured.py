@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from mpq.problem import Floats, Ints, Problem, Status, infeasible
 from mpq.search.feasible import roomiest
 from mpq.search.ledger import Ledger
+from mpq.search.pareto import FrontierPicks
 
 Measure = Callable[[Ints], float]
 """The true loss of a pick ``[G]``."""
@@ -60,6 +61,14 @@ class Trace:
         """Least loss of a feasible pick after each evaluation ``[N]``; infinite before the first."""
         feasible = np.array([problem.feasible(p) for p in self.picks], bool)
         return np.minimum.accumulate(np.where(feasible, self.losses, np.inf))
+
+    def frontier(self, cost: Floats) -> FrontierPicks:
+        """Picks that no other dominates in loss and a cost ``[G, S]``."""
+        used = cost[np.arange(len(cost)), self.picks].sum(1)
+        order = np.lexsort((self.losses, used))
+        losses = self.losses[order]
+        keep = order[losses < np.minimum.accumulate(np.concatenate([[np.inf], losses]))[:-1]]
+        return FrontierPicks(self.picks[keep], used[keep], self.losses[keep], exact=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,6 +1,6 @@
 import pytest
 
-from mpq.search import Genetic, Nsga2, OptunaSearch, RandomSearch, Refine
+from mpq.search import Genetic, Nsga2, OptunaSearch, RandomSearch, Refine, Sweep
 from mpq.testing_search import SearchContract
 
 
@@ -35,3 +35,9 @@ class TestOptuna(SearchContract):
         if sampler == "cmaes":
             pytest.importorskip("cmaes")
         return OptunaSearch(sampler)
+
+
+class TestSweep(SearchContract):
+    @pytest.fixture
+    def search(self):
+        return Sweep(points=4)
