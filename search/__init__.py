@@ -8,6 +8,7 @@ one file here plus one line in `SOLVERS`. A search that measures true losses is 
 from typing import Protocol
 
 from mpq.problem import Problem, Solution
+from mpq.search.bisection import Bisection
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.genetic import Genetic, Nsga2
 from mpq.search.ilp import Ilp
@@ -54,6 +55,7 @@ def auto_solver(problem: Problem) -> Solver:
 __all__ = [
     "SEARCHES",
     "SOLVERS",
+    "Bisection",
     "Evaluations",
     "Exhaustive",
     "FrontierPicks",
