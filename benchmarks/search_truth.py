@@ -52,9 +52,9 @@ WARM: dict[str, Callable[[int], MeasuredSearch]] = {
     "tpe, seeded": lambda seed: OptunaSearch("tpe", seed),
 }
 FRONTIERS: dict[str, Callable[[int], MeasuredSearch]] = {
-    "sweep of refine": lambda seed: Sweep(Refine(seed)),
-    "sweep of genetic": lambda seed: Sweep(Genetic(seed, seeded=False), points=4),
-    "sweep of tpe": lambda seed: Sweep(OptunaSearch("tpe", seed, seeded=False), points=4),
+    "sweep of refine": lambda seed: Sweep(seed),
+    "sweep of genetic": lambda seed: Sweep(inner=Genetic(seed, seeded=False), points=4),
+    "sweep of tpe": lambda seed: Sweep(inner=OptunaSearch("tpe", seed, seeded=False), points=4),
     "nsga2": lambda seed: Nsga2(seed, seeded=False),
     "nsga2, seeded": lambda seed: Nsga2(seed),
     "nsga3": lambda seed: OptunaSearch("nsga3", seed, seeded=False),

@@ -41,7 +41,7 @@ class Refine(MeasuredSearch):
     """
 
     seed: int = 0
-    least_gain: float = 0.005
+    least_gain: float = 0.002
     handful: int = 8
     batch: int = 1
     drafts: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -22,11 +22,13 @@ class Sweep(MeasuredSearch):
     evenly. `mpq.search.Trace.frontier` gives the frontier that was measured.
 
     Attributes:
-        inner: The search under each limit.
+        seed: Random seed.
+        inner: The search under each limit; by default `Refine` with this seed.
         points: How many limits; fewer if fewer evaluations are left.
     """
 
-    inner: MeasuredSearch = field(default_factory=Refine)
+    seed: int = 0
+    inner: MeasuredSearch | None = None
     points: int = 32
     name: ClassVar[str] = "sweep"
 
@@ -38,6 +40,7 @@ class Sweep(MeasuredSearch):
         """
         if not problem.constraints or problem.constraints[0].cost.shape[2] > 1:
             raise MpqError("a sweep needs a problem whose first constraint has one row")
+        inner = Refine(self.seed) if self.inner is None else self.inner
         first, *others = problem.constraints
         dearest = np.where(problem.allowed, first.cost[..., 0], -np.inf).max(1).sum()
         least, most = problem.smallest_usage()[first.name][0], min(dearest, first.limit[0])
@@ -49,7 +52,7 @@ class Sweep(MeasuredSearch):
                     evaluations.limit += share - evaluations.left
                 narrower = replace(problem, constraints=(replace(first, limit=np.array([limit])), *others))
                 try:
-                    self.inner.explore(narrower, evaluations)
+                    inner.explore(narrower, evaluations)
                 except Stop as stop:
                     if stop.__cause__ is not None or evaluations.left > 0:
                         raise
