@@ -70,7 +70,8 @@ class Ledger:
         query = "SELECT pick, loss FROM evaluations WHERE context = ? ORDER BY rowid"
         rows = self._base.execute(query, (self._key,)).fetchall()
         picks = [[int(s) for s in text.split(",")] for text, _ in rows]
-        return np.array(picks, np.int64).reshape(len(rows), -1), np.array([x for _, x in rows], np.float64)
+        groups = len(picks[0]) if picks else 0
+        return np.array(picks, np.int64).reshape(len(picks), groups), np.array([x for _, x in rows], np.float64)
 
     def contexts(self) -> tuple[str, ...]:
         """All contexts in the file, such as earlier studies of other models."""

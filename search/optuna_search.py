@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -122,14 +124,10 @@ class _Run:
     def _open(self) -> Study:
         import optuna
 
-        storage: Any = self._search.storage
-        if storage is not None:
-            url = storage if "://" in str(storage) else f"sqlite:///{storage}"
-            wait = {"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else {}
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=wait)
+        storage = self._search.storage
         objectives = 1 + (len(self._problem.constraints) if self._several else 0)
         study = optuna.create_study(
-            storage=storage,
+            storage=None if storage is None else _open_storage(storage),
             sampler=self._sampler(),
             study_name=self._search.study,
             directions=["minimize"] * objectives,
@@ -204,6 +202,22 @@ class _Run:
             and (datetime.now() - t.datetime_start).total_seconds() < longest
             for t in trials
         )
+
+
+def _open_storage(storage: str) -> Any:
+    from optuna.storages import RDBStorage
+
+    if "://" in storage:
+        return RDBStorage(storage)
+    path = Path(storage)
+    if not path.exists():
+        # Optuna makes its tables one by one, which two processes that begin at once can't do: make the file whole.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "study.db"
+            RDBStorage(f"sqlite:///{made}").engine.dispose()
+            with suppress(FileExistsError):
+                path.hardlink_to(made)
+    return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _PATIENCE}})
 
 
 @contextmanager

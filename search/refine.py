@@ -106,7 +106,8 @@ class Proposer:
         gain = model.gain(candidates, float(model.logs[best[0]]))
         order = np.argsort(-gain, kind="stable")
         # The drafts differ as much as the model is unsure: the best company for a pick that is measured with others.
-        own = [i for i in range(len(candidates)) if any((candidates[i] == d).all() for d in drawn)]
+        drafted = {d.tobytes() for d in drawn}
+        own = [i for i, p in enumerate(candidates) if p.tobytes() in drafted]
         chosen = list(dict.fromkeys([int(order[0]), *own, *order.tolist()]))[:batch]
         return float(gain[order[0]]), candidates[chosen]
 
