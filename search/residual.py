@@ -9,10 +9,11 @@ from scipy.special import ndtr
 
 from mpq.problem import Floats, Ints, Problem
 
-# Medians and spreads (of the logarithm) of the priors of four scales, in natural logarithms of the loss: the slope of
-# measured against predicted logarithms, less one; a factor for each choice wherever it is taken; a factor for each
-# choice's share of the loss; what none of these explains.
-_MEDIANS, _SPREADS = np.array([0.1, 0.3, 0.5, 0.05]), np.array([1.0, 0.7, 0.7, 0.7])
+# Medians and spreads (of the logarithm) of the priors of five scales, in natural logarithms of the loss: the slope of
+# measured against predicted logarithms, less one; the strength of the interactions, less one; a factor for each choice
+# wherever it is taken; a factor for each choice's share of the loss; what none of these explains.
+_MEDIANS, _SPREADS = np.array([0.1, 0.2, 0.3, 0.5, 0.05]), np.array([1.0, 1.0, 0.7, 0.7, 0.7])
+_COMMON = 3  # features that belong to no choice: the common factor, the slope and the interactions
 _OFFSET = 3.0  # scale of the common factor: measured and predicted losses may have different units
 _FEWEST = 3  # losses from which the scales are fitted
 _LEAST_SHARE = 0.1  # a prediction that interactions all but cancel counts as this share of the groups' own losses
@@ -22,10 +23,10 @@ _JITTER = 1e-9
 class ResidualModel:
     """Predicts the logarithm of the measured loss, with that of the predicted one as prior mean.
 
-    The ratio of both is explained by a common factor, a power of the prediction, a factor for each choice and a factor
-    for each choice's share of the predicted loss: a wrong sensitivity matters as far as it makes up the loss. All
-    coefficients have normal priors, so this is a Gaussian process (Rasmussen and Williams, 2006, chapter 2); the scales
-    of the priors are fitted as the mode of their posterior.
+    The ratio of both is explained by a common factor, a power of the prediction, the strength of all interactions, a
+    factor for each choice and a factor for each choice's share of the predicted loss: a wrong sensitivity matters as
+    far as it makes up the loss. All coefficients have normal priors, so this is a Gaussian process (Rasmussen and
+    Williams, 2006, chapter 2); the scales of the priors are fitted as the mode of their posterior.
 
     Args:
         problem: Predicted losses.
@@ -35,7 +36,7 @@ class ResidualModel:
 
     Attributes:
         logs: Logarithms of the losses ``[N]``: the unit of what is predicted.
-        scales: Fitted scales: slope, choices, shares and rest.
+        scales: Fitted scales: slope, interactions, choices, shares and rest.
     """
 
     def __init__(self, problem: Problem, picks: Ints, losses: Floats) -> None:
@@ -84,17 +85,18 @@ class ResidualModel:
             error = self._features @ drawn + noise
             weights = weights + drawn - self._features.T @ cho_solve(self._factor, error)
         scaled = weights * self._weights(self.scales)
-        everywhere, share = scaled[2 : 2 + G * S].reshape(G, S), scaled[2 + G * S :].reshape(G, S)
+        everywhere, share = scaled[_COMMON:].reshape(2, G, S)
         # One choice wherever it is taken: a share of a whole loss, that of a pick as good as those measured.
         loss = self._own * np.exp(share) + np.exp(self._reference) * (everywhere - everywhere.min(1, keepdims=True))
         pairs = self._problem.interactions
         if pairs is not None:
             root = np.exp(0.5 * share)
-            pairs = pairs * (root[:, :, None, None] * root)
+            strength = np.clip(1 + scaled[2], 0.0, 2.0)
+            pairs = pairs * (strength * root[:, :, None, None] * root)
         return Problem(np.where(self._problem.allowed, loss, np.inf), self._problem.constraints, pairs)
 
     def _terms(self, picks: Ints) -> tuple[Floats, Floats]:
-        """Logarithms of the predictions ``[M]`` and unscaled features ``[M, 2 + 2 * G * S]``."""
+        """Logarithms of the predictions ``[M]`` and unscaled features ``[M, 3 + 2 * G * S]``."""
         G, S = self._own.shape
         groups = np.arange(G)
         own = self._own[groups, picks]
@@ -108,21 +110,22 @@ class ResidualModel:
         chosen = np.eye(S)[picks]
         taken = chosen.reshape(len(picks), -1) / np.sqrt(G)
         shared = (chosen * (shares / total[:, None])[..., None]).reshape(len(picks), -1)
-        common = np.stack([np.ones(len(picks)), prior - self._reference], 1)
+        paired = (shares - own).sum(1) / total
+        common = np.stack([np.ones(len(picks)), prior - self._reference, paired], 1)
         return prior, np.concatenate([common, taken, shared], 1)
 
     def _weights(self, scales: Floats) -> Floats:
         """Scale of each feature."""
         size = self._own.size
-        return np.concatenate([[_OFFSET, scales[0]], np.full(size, scales[1]), np.full(size, scales[2])])
+        return np.concatenate([[_OFFSET, *scales[:2]], np.full(size, scales[2]), np.full(size, scales[3])])
 
     def _fit(self, features: Floats) -> Floats:
         """Mode of the posterior of the scales."""
         if len(features) < _FEWEST:
             return _MEDIANS
         size = self._own.size
-        parts = [features[:, :1], features[:, 1:2], features[:, 2 : 2 + size], features[:, 2 + size :]]
-        offset, *grams = (part @ part.T for part in parts)
+        ends = np.cumsum([1, 1, 1, size])
+        offset, *grams = (part @ part.T for part in np.split(features, ends, axis=1))
 
         def cost(logs: Floats) -> float:
             *squares, rest = np.exp(2 * logs)
@@ -132,7 +135,7 @@ class ResidualModel:
             prior = np.square((logs - np.log(_MEDIANS)) / _SPREADS).sum()
             return float(0.5 * fit @ fit + np.log(np.diag(factor)).sum() + 0.5 * prior)
 
-        found: Floats = minimize(cost, np.log(_MEDIANS), method="L-BFGS-B", bounds=[(-7.0, 3.0)] * 4).x
+        found: Floats = minimize(cost, np.log(_MEDIANS), method="L-BFGS-B", bounds=[(-7.0, 3.0)] * len(_MEDIANS)).x
         return np.exp(found)
 
 
