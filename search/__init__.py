@@ -15,7 +15,7 @@ from mpq.search.ilp import Ilp
 from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
 from mpq.search.ledger import Ledger
-from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
+from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, PartialMeasure, Stop, Trace
 from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 from mpq.search.random_search import RandomSearch
@@ -69,9 +69,11 @@ __all__ = [
     "MeasuredSolution",
     "Nsga2",
     "OptunaSearch",
+    "PartialMeasure",
     "RandomSearch",
     "Refine",
     "Solver",
+    "Stop",
     "Sweep",
     "Trace",
     "auto_solver",
