@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from mpq import __version__
-from mpq.accuracy import smallest_within_drop
 from mpq.analysis import Analysis, Budgets, find_solver
 from mpq.bank import QuantizerBank
 from mpq.budget import Budget, parse_budgets
@@ -33,6 +32,7 @@ from mpq.sensitivity import ESTIMATORS, Estimator, SensitivityTable
 from mpq.sensitivity.gate import check
 from mpq.sensitivity.storing import open_store, stored
 from mpq.space import SearchSpace, layer_scheme, make_space
+from mpq.studies import search
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, plain, preserved_state
 
@@ -202,7 +202,7 @@ def allocate(
     others = tuple(b for b in budgets if b is not drop)
     analysis = analyze(model, calib, schemes, budget=others or None, **options)
     if drop is not None and evaluator is not None:
-        return smallest_within_drop(analysis, evaluator, drop, others, solver, progress)
+        return search(analysis, evaluator, budgets, evaluations=None, solver=solver, progress=progress).config
     config = analysis.config_for(others, analysis.solve(others, solver))
     return config if evaluator is None else config.with_measured(evaluator.measure(config))
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mpq.explanation import Explanation
     from mpq.feasibility import Feasibility
     from mpq.frontier import Frontier
+    from mpq.search import MeasuredSearch
     from mpq.sensitivity.table import SensitivityTable
+    from mpq.studies import Evaluate, Study
 
 Budgets = str | Budget | Iterable[str | Budget]
 
@@ -195,6 +197,29 @@ class Analysis:
         from mpq.frontier import make_frontier
 
         return make_frontier(self, self.cost(metric))
+
+    def search(
+        self, evaluate: Evaluate, budget: Budgets, method: str | MeasuredSearch = "refine", **options: Any
+    ) -> Study:
+        """The config with the least *measured* loss under budgets, in few evaluations.
+
+        Args:
+            evaluate: A `mpq.Evaluator`, whose KL (or squared error, without classes) is the loss; or a function of a
+                `BitConfig` that returns a loss to minimise, measured in any way.
+            budget: As for `allocate`; or with ``"accuracy_drop<=1%"``, then the smallest config is searched for whose
+                accuracy, measured by the evaluator (or the drop, returned by the function), is within it.
+            method: A name in `mpq.search.SEARCHES`, or a search; accuracy budgets have their own, `Bisection`.
+            **options: ``evaluations=16`` and ``seconds=None``: limits. ``ledger=path``: file that keeps each
+                evaluation at once, so that a search that was ended goes on where it was; with a function also
+                ``about="what it measures"``. ``executor``: measures several configs at once (methods that ask for
+                batches; functions that pickle). ``solver="auto"``, ``seed=0``, ``progress=True``.
+
+        Raises:
+            MpqError: If a budget can't be reached, or nothing could be measured within the limits.
+        """
+        from mpq.studies import search
+
+        return search(self, evaluate, budget, method, **options)
 
     def cost(self, metric: str) -> Cost:
         """The cost of a metric.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,6 +147,11 @@ class Evaluator:
         forward: ``(model, batch) -> output`` where batches are not what ``forward`` takes.
         progress: Show a bar for each pass.
 
+    Attributes:
+        float_measured: The float model's figures.
+        data_hash: Of the data.
+        classifies: The outputs are class scores: a config's divergence is its ``kl``, else its ``mse``.
+
     Raises:
         DataError: If the data is empty, the model can't take it, or outputs NaN.
     """
@@ -157,7 +162,8 @@ class Evaluator:
         self._progress = progress
         with preserved_state(seed=0), torch.no_grad():
             self._view = ModelView(model, forward)
-            self._batches = Calibration.load(data, self._view.read).batches
+            loaded = Calibration.load(data, self._view.read)
+            self._batches, self.data_hash = loaded.batches, loaded.hash
             with torch.enable_grad():
                 self._graph = trace(self._view, self._batches[0])
             self._references = [self._view(b) for b in progress_bar(self._batches, "float model", progress)]
@@ -166,6 +172,7 @@ class Evaluator:
             check_finite_output(output, "on the evaluation data")
             _add(totals, output, batch, None, None)
         self.float_measured = totals.result()
+        self.classifies = isinstance(resolve_loss("auto", self._references[0]), KLLoss)
         self._hash = model_hash(plain(model))
         self._banks: dict[str, QuantizerBank] = {}
 
@@ -178,6 +185,19 @@ class Evaluator:
 
         Raises:
             ConfigError: If it was made for another model, or names a layer that did not run here.
+        """
+        *_, measured = self.measure_in_parts(config, strict=strict)
+        return measured
+
+    def measure_in_parts(self, config: BitConfig, *, strict: bool = True) -> Iterator[Measured]:
+        """Measure a config on the first batch, on the first two, and so on; stop early by not asking on.
+
+        Args:
+            config: As for `measure`.
+            strict: As for `measure`.
+
+        Raises:
+            ConfigError: As `measure`.
         """
         check_fits(self._view.module, config)
         if strict:
@@ -198,7 +218,7 @@ class Evaluator:
         with preserved_state(seed=0), torch.no_grad(), self._view.hooked(hooks), self._view.swapped(weights):
             for i, batch in enumerate(progress_bar(self._batches, "evaluate", self._progress)):
                 _add(totals, self._view(batch), batch, self._references[i], None)
-        return replace(totals.result(), float_accuracy=self.float_measured.accuracy)
+                yield replace(totals.result(), float_accuracy=self.float_measured.accuracy)
 
     def accuracy_drop(self, config: BitConfig) -> tuple[float, Measured]:
         """Float accuracy minus the config's, and all that was measured.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Never, TypeVar
 
 from tqdm import TqdmWarning
 
@@ -25,3 +25,8 @@ def progress_bar(items: Iterable[T], title: str, show: bool = True, total: int |
         total: Length, where the items don't know it.
     """
     yield from tqdm(items, title, total=total, delay=2, leave=False, disable=not show, dynamic_ncols=True)
+
+
+def open_bar(title: str, show: bool = True, total: int | None = None) -> tqdm[Never]:
+    """The same bar, for work that is not an iteration: call its ``update()`` after each step and ``close()``."""
+    return tqdm(desc=title, total=total, delay=2, leave=False, disable=not show, dynamic_ncols=True)

@@ -117,7 +117,7 @@ def hypervolume(points: Floats, reference: Floats) -> float:
     if not len(inside):
         return 0.0
     if points.shape[1] != 2:
-        from pymoo.indicators.hv import HV  # type: ignore[import-untyped]
+        from pymoo.indicators.hv import HV
 
         return float(HV(ref_point=reference)(inside))
     front = inside[undominated(inside)]

@@ -1,0 +1,147 @@
+"""Genetic search and NSGA-II through pymoo, with feasible repair and seeds from the frontier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpq.problem import Floats, Ints, Problem
+from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.interaction import Interaction
+from mpq.search.rows import binding_rows
+from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.pareto import convex_frontier
+
+
+@dataclass(frozen=True)
+class Genetic(MeasuredSearch):
+    """Genetic algorithm: tournaments, uniform crossover, random changes of schemes, repair of infeasible picks.
+
+    With ``Evaluations(problem.objective)`` it searches on the predicted loss.
+
+    Attributes:
+        seed: Random seed.
+        population: Picks in a generation; they are measured at once.
+        generations: It ends after so many.
+        seeded: Half of the first generation are the predicted optimum and points of the predicted frontier; else all
+            are random.
+    """
+
+    seed: int = 0
+    population: int = 20
+    generations: int = 1000
+    seeded: bool = True
+    name: ClassVar[str] = "genetic"
+
+    def explore(self, problem: Problem, evaluations: Evaluations) -> str:
+        """Evolve picks; see `MeasuredSearch.explore`."""
+        from pymoo.algorithms.soo.nonconvex.ga import GA
+
+        return self._evolve(GA, problem, evaluations)
+
+    def _objectives(self, problem: Problem, picks: Ints, losses: Floats) -> Floats:
+        """What is minimised, ``[K, objectives]``."""
+        return losses[:, None]
+
+    def _evolve(self, algorithm: Any, problem: Problem, evaluations: Evaluations) -> str:
+        from pymoo.core.mutation import Mutation
+        from pymoo.core.problem import Problem as Task
+        from pymoo.core.repair import Repair
+        from pymoo.operators.crossover.ux import UniformCrossover
+
+        search, rng = self, np.random.default_rng(self.seed)
+        anchor = roomiest(problem)
+        assert anchor is not None
+        feasible, (G, S) = FeasiblePicks(problem, anchor), problem.loss.shape
+
+        class Picks(Task):  # type: ignore[misc]
+            def _evaluate(self, x: Ints, out: dict[str, Floats], *args: Any, **kwargs: Any) -> None:
+                # Infinite losses have no order; pymoo's arithmetic does not take them.
+                losses = np.minimum(evaluations.measure(x), np.finfo(float).max)
+                out["F"] = search._objectives(problem, x, losses)
+
+        class OtherSchemes(Mutation):  # type: ignore[misc]
+            def _do(self, problem: Any, X: Ints, random_state: Any = None, **kwargs: Any) -> Ints:
+                others = random_state.integers(S, size=X.shape)
+                return np.where(random_state.random(X.shape) < 1 / G, others, X)
+
+        class MadeFeasible(Repair):  # type: ignore[misc]
+            def _do(self, problem: Any, X: Ints, random_state: Any = None, **kwargs: Any) -> Ints:
+                return np.array([feasible.repair(x, random_state) for x in X], np.int64)
+
+        first = self._first(problem, feasible, rng)
+        run = algorithm(
+            pop_size=self.population,
+            sampling=first,
+            crossover=UniformCrossover(),
+            mutation=OtherSchemes(),
+            repair=MadeFeasible(),
+            eliminate_duplicates=True,
+        )
+        objectives = self._objectives(problem, first[:1], np.zeros(1)).shape[1]
+        task = Picks(n_var=G, n_obj=objectives, xl=0, xu=S - 1, vtype=int)
+        run.setup(task, termination=("n_gen", self.generations), seed=self.seed, verbose=False)
+        while run.has_next():
+            run.next()
+        return f"{run.n_gen - 1} generations" if run.n_gen > self.generations else "no new picks could be bred"
+
+    def _first(self, problem: Problem, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
+        """The first generation, all feasible."""
+        drawn = feasible.draw(self.population, rng)
+        seeds = self._seeds(problem)[: self.population // 2] if self.seeded else drawn[:0]
+        repaired = [feasible.repair(p, rng) for p in seeds]
+        return np.array([*repaired, *drawn[len(seeds) :]], np.int64)
+
+    def _seeds(self, problem: Problem) -> Ints:
+        """The predicted optimum, then the frontier's points from the one next to the limits."""
+        frontier = _frontier(problem)
+        order: Ints = np.argsort([-used_shares(problem, p).max(initial=0.0) for p in frontier], kind="stable")
+        return np.concatenate([frontier[:1], frontier[order]])
+
+
+@dataclass(frozen=True)
+class Nsga2(Genetic):
+    """NSGA-II (Deb et al., 2002): loss against how much of each constraint's limit is used.
+
+    All points of the frontier below the limits are searched for; the least loss alone is what `Genetic` is for.
+
+    Attributes:
+        seed: Random seed.
+        population: Picks in a generation; they are measured at once.
+        generations: It ends after so many.
+        seeded: Half of the first generation are points spread over the predicted frontier; else all are random.
+    """
+
+    name: ClassVar[str] = "nsga2"
+
+    def explore(self, problem: Problem, evaluations: Evaluations) -> str:
+        """Evolve a frontier; see `MeasuredSearch.explore`."""
+        from pymoo.algorithms.moo.nsga2 import NSGA2
+
+        return self._evolve(NSGA2, problem, evaluations)
+
+    def _objectives(self, problem: Problem, picks: Ints, losses: Floats) -> Floats:
+        return np.column_stack([losses, np.array([used_shares(problem, p) for p in picks])])
+
+    def _seeds(self, problem: Problem) -> Ints:
+        frontier = _frontier(problem)
+        spread = np.unique(np.linspace(0, len(frontier) - 1, max(1, self.population // 2)).astype(int))
+        return np.array([frontier[i] for i in spread])
+
+
+def _frontier(problem: Problem) -> Ints:
+    """The predicted optimum and the feasible points of the convex frontier of loss against the sum of all rows."""
+    cost, limit = binding_rows(problem)
+    points = convex_frontier(problem.loss, (cost / np.maximum(np.abs(limit), 1e-300)).sum(2)).picks
+    best = Interaction().solve(problem).pick
+    assert best is not None
+    return np.array([best, *(p for p in points if problem.feasible(p))], np.int64)
+
+
+def used_shares(problem: Problem, pick: Ints) -> Floats:
+    """Share of each constraint's limit that a pick uses, in its fullest row ``[C]``."""
+    usage = problem.usage(pick)
+    limits = (np.maximum(np.abs(c.limit), 1e-300) for c in problem.constraints)
+    return np.array([(usage[c.name] / x).max() for c, x in zip(problem.constraints, limits, strict=True)])

@@ -1,0 +1,40 @@
+"""Random search: the baseline that any other must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mpq.problem import Problem
+from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.measured import Evaluations, MeasuredSearch
+
+_TRIES = 1000  # draws without a new pick after which all are taken to be known
+
+
+@dataclass(frozen=True)
+class RandomSearch(MeasuredSearch):
+    """Measures random feasible picks until a limit ends it, or until it finds no new ones.
+
+    Attributes:
+        seed: Random seed.
+        batch: Picks measured at once, for executors.
+    """
+
+    seed: int = 0
+    batch: int = 16
+    name: ClassVar[str] = "random"
+
+    def explore(self, problem: Problem, evaluations: Evaluations) -> str:
+        """Measure random picks; see `MeasuredSearch.explore`."""
+        anchor = roomiest(problem)
+        assert anchor is not None
+        rng, feasible, idle = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor), 0
+        while idle < _TRIES:
+            picks = feasible.draw(self.batch, rng)
+            known = all(evaluations.known(p) for p in picks)
+            idle = idle + len(picks) if known else 0
+            evaluations.measure(picks)
+        return f"{_TRIES} draws gave no new pick"

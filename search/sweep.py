@@ -1,0 +1,62 @@
+"""Sweep: a measured frontier, by one search after another under rising limits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from mpq.errors import MpqError
+from mpq.problem import Problem
+from mpq.search.measured import Evaluations, MeasuredSearch, Stop
+from mpq.search.refine import Refine
+
+
+@dataclass(frozen=True)
+class Sweep(MeasuredSearch):
+    """Searches under limits of the first constraint, spread evenly from the least that can be met to the given one.
+
+    They share their evaluations, so each begins with what those before have learnt, and divide the limit of evaluations
+    evenly. `mpq.search.Trace.frontier` gives the frontier that was measured.
+
+    Attributes:
+        seed: Random seed.
+        inner: The search under each limit; by default `Refine` with this seed.
+        points: How many limits; fewer if fewer evaluations are left.
+    """
+
+    seed: int = 0
+    inner: MeasuredSearch | None = None
+    points: int = 32
+    name: ClassVar[str] = "sweep"
+
+    def explore(self, problem: Problem, evaluations: Evaluations) -> str:
+        """Search under each limit; see `MeasuredSearch.explore`.
+
+        Raises:
+            MpqError: If the first constraint is missing or has several rows.
+        """
+        if not problem.constraints or problem.constraints[0].cost.shape[2] > 1:
+            raise MpqError("a sweep needs a problem whose first constraint has one row")
+        inner = Refine(self.seed) if self.inner is None else self.inner
+        first, *others = problem.constraints
+        dearest = np.where(problem.allowed, first.cost[..., 0], -np.inf).max(1).sum()
+        least, most = problem.smallest_usage()[first.name][0], min(dearest, first.limit[0])
+        total, points = evaluations.limit, int(max(1, min(self.points, evaluations.left)))
+        try:
+            for i, limit in enumerate(np.linspace(least, most, points)):
+                if total < math.inf:
+                    share = math.ceil(evaluations.left / (points - i))
+                    evaluations.limit += share - evaluations.left
+                narrower = replace(problem, constraints=(replace(first, limit=np.array([limit])), *others))
+                try:
+                    inner.explore(narrower, evaluations)
+                except Stop as stop:
+                    if stop.__cause__ is not None or evaluations.left > 0:
+                        raise
+                evaluations.limit = total
+        finally:
+            evaluations.limit = total
+        return f"{points} limits of {first.name}"
