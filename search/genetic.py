@@ -10,9 +10,9 @@ import numpy as np
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.interaction import Interaction
-from mpq.search.rows import binding_rows
 from mpq.search.measured import Evaluations, MeasuredSearch
 from mpq.search.pareto import convex_frontier
+from mpq.search.rows import binding_rows
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.genetic import used_shares
 from mpq.search.interaction import Interaction
-from mpq.search.rows import binding_rows
 from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.rows import binding_rows
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
