@@ -14,6 +14,7 @@ SAYS = {
         "BitConfig:",
         "accuracy",
     ),
+    "03_search": ("interaction", "greedy_path", "proven gap", "Study: refine", "Study: bisection"),
 }
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 
