@@ -29,6 +29,7 @@ from mpq.search import (
     MeasuredSearch,
     Nsga2,
     OptunaSearch,
+    Quantune,
     RandomSearch,
     Refine,
     Sweep,
@@ -43,6 +44,7 @@ COLD: dict[str, Callable[[int], MeasuredSearch]] = {
     "genetic": lambda seed: Genetic(seed, seeded=False),
     "nsga2": lambda seed: Nsga2(seed, seeded=False),
     "tpe": lambda seed: OptunaSearch("tpe", seed, seeded=False),
+    "quantune": lambda seed: Quantune(seed, seeded=False),
     "random, repaired": lambda seed: RandomSearch(seed),
 }
 WARM: dict[str, Callable[[int], MeasuredSearch]] = {
@@ -50,6 +52,7 @@ WARM: dict[str, Callable[[int], MeasuredSearch]] = {
     "genetic, seeded": lambda seed: Genetic(seed),
     "nsga2, seeded": lambda seed: Nsga2(seed),
     "tpe, seeded": lambda seed: OptunaSearch("tpe", seed),
+    "quantune, seeded": lambda seed: Quantune(seed),
 }
 FRONTIERS: dict[str, Callable[[int], MeasuredSearch]] = {
     "sweep of refine": lambda seed: Sweep(seed),

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mpq.problem import Problem, Solution
 from mpq.search.bisection import Bisection
+from mpq.search.choices import Choices
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.genetic import Genetic, Nsga2
 from mpq.search.ilp import Ilp
@@ -18,8 +19,10 @@ from mpq.search.ledger import Ledger
 from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
 from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
+from mpq.search.quantune import Quantune
 from mpq.search.random_search import RandomSearch
 from mpq.search.refine import Refine
+from mpq.search.surrogate import EarlierStudy
 from mpq.search.sweep import Sweep
 
 
@@ -44,6 +47,7 @@ SEARCHES: dict[str, type[MeasuredSearch]] = {
     "optuna": OptunaSearch,
     "random": RandomSearch,
     "sweep": Sweep,
+    "quantune": Quantune,
 }
 
 
@@ -56,6 +60,8 @@ __all__ = [
     "SEARCHES",
     "SOLVERS",
     "Bisection",
+    "Choices",
+    "EarlierStudy",
     "Evaluations",
     "Exhaustive",
     "FrontierPicks",
@@ -69,6 +75,7 @@ __all__ = [
     "MeasuredSolution",
     "Nsga2",
     "OptunaSearch",
+    "Quantune",
     "RandomSearch",
     "Refine",
     "Solver",

@@ -41,7 +41,7 @@ class Genetic(MeasuredSearch):
         anchor = roomiest(problem)
         assert anchor is not None
         feasible = FeasiblePicks(problem, anchor)
-        first = self._first(problem, feasible, np.random.default_rng(self.seed))
+        first = self.first(problem, feasible, np.random.default_rng(self.seed))
 
         def objectives(picks: Ints) -> Floats:
             return self._objectives(problem, picks, evaluations.measure(picks))
@@ -54,7 +54,7 @@ class Genetic(MeasuredSearch):
         """What is minimised, ``[K, objectives]``."""
         return losses[:, None]
 
-    def _first(self, problem: Problem, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
+    def first(self, problem: Problem, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
         """The first generation, all feasible."""
         drawn = feasible.draw(self.population, rng)
         seeds = self._seeds(problem)[: self.population // 2] if self.seeded else drawn[:0]

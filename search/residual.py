@@ -39,9 +39,8 @@ class ResidualModel:
     """
 
     def __init__(self, problem: Problem, picks: Ints, losses: Floats) -> None:
-        self._problem, self.logs = problem, _logarithms(losses)
+        self._problem, self.logs = problem, logarithms(losses)
         self._own = np.where(problem.allowed, problem.loss, 0.0)
-        self._floor = 1e-12 * float(np.abs(self._own).sum()) + 1e-300
         self._reference = 0.0
         self._reference = float(self._terms(picks)[0].mean())
         prior, features = self._terms(picks)
@@ -96,18 +95,11 @@ class ResidualModel:
     def _terms(self, picks: Ints) -> tuple[Floats, Floats]:
         """Logarithms of the predictions ``[M]`` and unscaled features ``[M, 2 + 2 * G * S]``."""
         G, S = self._own.shape
-        groups = np.arange(G)
-        own = self._own[groups, picks]
-        shares = own.copy()
-        if self._problem.interactions is not None:
-            for share, pick in zip(shares, picks, strict=True):
-                share += 0.5 * self._problem.interactions[groups[:, None], pick[:, None], groups, pick].sum(1)
-        least = _LEAST_SHARE * np.abs(own).sum(1) + self._floor
-        total = np.maximum(shares.sum(1), least)
+        shares, total = predicted_shares(self._problem, picks)
         prior = np.log(total)
         chosen = np.eye(S)[picks]
         taken = chosen.reshape(len(picks), -1) / np.sqrt(G)
-        shared = (chosen * (shares / total[:, None])[..., None]).reshape(len(picks), -1)
+        shared = (chosen * shares[..., None]).reshape(len(picks), -1)
         common = np.stack([np.ones(len(picks)), prior - self._reference], 1)
         return prior, np.concatenate([common, taken, shared], 1)
 
@@ -141,7 +133,25 @@ def _gram(features: Floats, rest: float) -> Floats:
     return gram
 
 
-def _logarithms(losses: Floats) -> Floats:
+def predicted_shares(problem: Problem, picks: Ints) -> tuple[Floats, Floats]:
+    """Each group's share ``[K, G]`` of the predicted loss of picks ``[K, G]``, and that loss ``[K]``, kept positive."""
+    groups = np.arange(len(problem.loss))
+    losses = np.where(problem.allowed, problem.loss, 0.0)
+    own = losses[groups, picks]
+    shares = own.copy()
+    if problem.interactions is not None:
+        for share, pick in zip(shares, picks, strict=True):
+            share += 0.5 * problem.interactions[groups[:, None], pick[:, None], groups, pick].sum(1)
+    floor = 1e-12 * float(np.abs(losses).sum()) + 1e-300
+    total = np.maximum(shares.sum(1), _LEAST_SHARE * np.abs(own).sum(1) + floor)
+    return shares / total[:, None], total
+
+
+def logarithms(losses: Floats) -> Floats:
+    """Logarithms of losses ``[N]``.
+
+    Infinite ones count as twice the largest finite one; where some are not positive, a constant is added to all.
+    """
     finite = losses[np.isfinite(losses)]
     if not len(finite):
         return np.zeros(len(losses))

@@ -1,0 +1,99 @@
+"""What searches on a learnt loss share: earlier studies, and the candidates that a prediction ranks best."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq.errors import MpqError
+from mpq.problem import Floats, Ints, Problem
+from mpq.search.feasible import FeasiblePicks
+from mpq.search.genetic import evolve
+from mpq.search.ledger import Ledger
+from mpq.search.measured import Evaluations
+
+Predict = Callable[[Ints], Floats]
+"""Predicted logarithms of the losses ``[K]`` of picks ``[K, G]``."""
+
+_ENUMERATED = 4096  # picks of a problem that are all looked at
+_POPULATION, _GENERATIONS = 48, 16
+
+
+@dataclass(frozen=True, eq=False)
+class EarlierStudy:
+    """Picks that were measured for another model (or under other conditions), to start a search with.
+
+    Attributes:
+        problem: What was searched; its constraints are not used.
+        picks: Measured picks ``[N, G]``.
+        losses: Their losses ``[N]``.
+
+    Raises:
+        MpqError: If picks and problem don't fit.
+    """
+
+    problem: Problem
+    picks: Ints
+    losses: Floats
+
+    def __post_init__(self) -> None:
+        G, S = self.problem.loss.shape
+        shape = np.shape(self.picks)
+        fits = shape == (len(self.losses), G) and (not len(self.picks) or int(np.max(self.picks)) < S)
+        if not fits:
+            raise MpqError(f"picks {shape} of an earlier study don't fit its problem of {G} groups x {S} schemes")
+
+    @classmethod
+    def from_ledger(cls, problem: Problem, ledger: Ledger) -> EarlierStudy:
+        """All that a ledger holds for its context.
+
+        Raises:
+            MpqError: If it holds nothing.
+        """
+        picks, losses = ledger.all()
+        if not len(picks):
+            raise MpqError(f"the ledger {ledger.path} has no evaluations of {ledger.context!r}")
+        return cls(problem, picks, losses)
+
+
+def best_predicted(
+    feasible: FeasiblePicks, predict: Predict, evaluations: Evaluations, count: int, rng: np.random.Generator
+) -> Ints:
+    """Up to ``count`` feasible picks ``[K, G]`` that are not measured yet, the best predicted first.
+
+    Small spaces are enumerated; in others, the best measured picks and random ones are evolved on the prediction.
+    """
+    picks = every_pick(feasible)
+    if picks is None:
+        first = starts(feasible, evaluations, _POPULATION, rng)
+        asked: dict[bytes, Ints] = {}
+
+        def objective(x: Ints) -> Floats:
+            asked.update((p.tobytes(), p) for p in np.asarray(x, np.int64))
+            return predict(x)[:, None]
+
+        evolve(feasible, first, objective, 1, _GENERATIONS, int(rng.integers(2**31)))
+        picks = np.array(list(asked.values()), np.int64)
+    new = picks[[not evaluations.known(p) for p in picks]]
+    return new[np.argsort(predict(new), kind="stable")[:count]] if len(new) else new
+
+
+def every_pick(feasible: FeasiblePicks) -> Ints | None:
+    """All feasible picks ``[K, G]`` of a small space; None of a large one."""
+    options = [np.flatnonzero(row).tolist() for row in feasible.problem.allowed]
+    if math.prod(map(len, options)) > _ENUMERATED:
+        return None
+    picks = np.array(list(itertools.product(*options)), np.int64)
+    return picks[feasible.fits(picks)]
+
+
+def starts(feasible: FeasiblePicks, evaluations: Evaluations, count: int, rng: np.random.Generator) -> Ints:
+    """Picks ``[count, G]`` to evolve: half the best measured ones (as far as there are), the others random."""
+    trace = evaluations.trace
+    order = np.argsort(trace.losses, kind="stable")
+    fitting = [p for p in trace.picks[order] if feasible.problem.feasible(p)][: count // 2]
+    return np.array([*fitting, *feasible.draw(count - len(fitting), rng)], np.int64)
