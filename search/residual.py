@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
@@ -115,17 +117,30 @@ class ResidualModel:
         size = self._own.size
         parts = [features[:, :1], features[:, 1:2], features[:, 2 : 2 + size], features[:, 2 + size :]]
         offset, *grams = (part @ part.T for part in parts)
+        return fit_scales(_OFFSET**2 * offset, grams, self._residual, _MEDIANS, _SPREADS)
 
-        def cost(logs: Floats) -> float:
-            *squares, rest = np.exp(2 * logs)
-            gram = _OFFSET**2 * offset + sum(s * g for s, g in zip(squares, grams, strict=True))
-            factor = np.linalg.cholesky(gram + (rest + _JITTER) * np.eye(len(gram)))
-            fit = solve_triangular(factor, self._residual, lower=True)
-            prior = np.square((logs - np.log(_MEDIANS)) / _SPREADS).sum()
-            return float(0.5 * fit @ fit + np.log(np.diag(factor)).sum() + 0.5 * prior)
 
-        found: Floats = minimize(cost, np.log(_MEDIANS), method="L-BFGS-B", bounds=[(-7.0, 3.0)] * 4).x
-        return np.exp(found)
+def fit_scales(known: Floats, grams: Sequence[Floats], target: Floats, medians: Floats, spreads: Floats) -> Floats:
+    """Scales ``[len(grams) + 1]`` of the parts of a Gaussian process and of its noise: the mode of their posterior.
+
+    Args:
+        known: Covariance whose scale is known ``[N, N]``.
+        grams: Covariance of each part at scale 1 ``[N, N]``.
+        target: What is explained ``[N]``.
+        medians: Of the log-normal priors of the scales.
+        spreads: Their standard deviations in natural logarithms.
+    """
+
+    def cost(logs: Floats) -> float:
+        *squares, rest = np.exp(2 * logs)
+        gram = known + sum(s * g for s, g in zip(squares, grams, strict=True))
+        factor = np.linalg.cholesky(gram + (rest + _JITTER) * np.eye(len(gram)))
+        fit = solve_triangular(factor, target, lower=True)
+        prior = np.square((logs - np.log(medians)) / spreads).sum()
+        return float(0.5 * fit @ fit + np.log(np.diag(factor)).sum() + 0.5 * prior)
+
+    found: Floats = minimize(cost, np.log(medians), method="L-BFGS-B", bounds=[(-7.0, 3.0)] * len(medians)).x
+    return np.exp(found)
 
 
 def _gram(features: Floats, rest: float) -> Floats:

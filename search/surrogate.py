@@ -8,19 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import evolve
 from mpq.search.ledger import Ledger
+from mpq.search.local_search import binding_rows
 from mpq.search.measured import Evaluations
 
 Predict = Callable[[Ints], Floats]
 """Predicted logarithms of the losses ``[K]`` of picks ``[K, G]``."""
 
 _ENUMERATED = 4096  # picks of a problem that are all looked at
-_POPULATION, _GENERATIONS = 48, 16
+_TILT = 30.0  # largest logarithm of the odds of a group's dearest scheme against its cheapest
+_ROUNDS = 10  # of draws for distinct training picks
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,13 @@ class EarlierStudy:
 
 
 def best_predicted(
-    feasible: FeasiblePicks, predict: Predict, evaluations: Evaluations, count: int, rng: np.random.Generator
+    feasible: FeasiblePicks,
+    predict: Predict,
+    evaluations: Evaluations,
+    count: int,
+    rng: np.random.Generator,
+    population: int = 48,
+    generations: int = 16,
 ) -> Ints:
     """Up to ``count`` feasible picks ``[K, G]`` that are not measured yet, the best predicted first.
 
@@ -69,14 +78,14 @@ def best_predicted(
     """
     picks = every_pick(feasible)
     if picks is None:
-        first = starts(feasible, evaluations, _POPULATION, rng)
+        first = starts(feasible, evaluations, population, rng)
         asked: dict[bytes, Ints] = {}
 
         def objective(x: Ints) -> Floats:
             asked.update((p.tobytes(), p) for p in np.asarray(x, np.int64))
             return predict(x)[:, None]
 
-        evolve(feasible, first, objective, 1, _GENERATIONS, int(rng.integers(2**31)))
+        evolve(feasible, first, objective, 1, generations, int(rng.integers(2**31)))
         picks = np.array(list(asked.values()), np.int64)
     new = picks[[not evaluations.known(p) for p in picks]]
     return new[np.argsort(predict(new), kind="stable")[:count]] if len(new) else new
@@ -97,3 +106,40 @@ def starts(feasible: FeasiblePicks, evaluations: Evaluations, count: int, rng: n
     order = np.argsort(trace.losses, kind="stable")
     fitting = [p for p in trace.picks[order] if feasible.problem.feasible(p)][: count // 2]
     return np.array([*fitting, *feasible.draw(count - len(fitting), rng)], np.int64)
+
+
+def training_picks(feasible: FeasiblePicks, count: int, rng: np.random.Generator) -> Ints:
+    """Up to ``count`` different feasible picks ``[K, G]``, spread evenly from the least cost to the limits.
+
+    As in EQ-Net (Xu et al., 2023, after OFA), where schemes are random given the average bits: here with the
+    distribution of the largest entropy for an average cost. Evenly drawn schemes would all cost about the same.
+    """
+    cost, allowed = _relative_cost(feasible.problem), feasible.problem.allowed
+    largest = np.where(allowed, cost, 0.0).max(1)
+    sizes = cost / np.where(largest > 0, largest, 1.0)[:, None]
+
+    def chances(tilt: float) -> Floats:
+        weights = np.where(allowed, np.exp(tilt * (sizes - 0.5)), 0.0)
+        found: Floats = weights / weights.sum(1, keepdims=True)
+        return found
+
+    def mean(tilt: float) -> float:
+        return float((chances(tilt) * cost).sum())
+
+    least, most = mean(-_TILT), min(mean(_TILT), max(1.0, mean(-_TILT)))
+    found: dict[bytes, Ints] = {}
+    for _ in range(_ROUNDS):
+        missing = count - len(found)
+        for target in least + (most - least) * (rng.permutation(missing) + rng.random(missing)) / max(missing, 1):
+            tilt = brentq(lambda t, goal=target: mean(t) - goal, -_TILT, _TILT) if least < target < most else 0.0
+            rows = chances(tilt)
+            pick = feasible.repair([rng.choice(len(row), p=row) for row in rows], rng)
+            found[pick.tobytes()] = pick
+    return np.array(list(found.values()), np.int64).reshape(-1, len(cost))
+
+
+def _relative_cost(problem: Problem) -> Floats:
+    """Costs ``[G, S]`` as shares of the limits, on average over the rows; zero without any."""
+    cost, limit = binding_rows(problem)
+    shares: Floats = (cost / np.maximum(np.abs(limit), 1e-300)).mean(2) if len(limit) else np.zeros(problem.loss.shape)
+    return shares
