@@ -10,12 +10,14 @@ from typing import Protocol
 from mpq.problem import Problem, Solution
 from mpq.search.bisection import Bisection
 from mpq.search.choices import Choices
+from mpq.search.cqap import Cqap
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.genetic import Genetic, Nsga2
 from mpq.search.ilp import Ilp
 from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
 from mpq.search.ledger import Ledger
+from mpq.search.linas import Linas
 from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
 from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
@@ -48,6 +50,8 @@ SEARCHES: dict[str, type[MeasuredSearch]] = {
     "random": RandomSearch,
     "sweep": Sweep,
     "quantune": Quantune,
+    "cqap": Cqap,
+    "linas": Linas,
 }
 
 
@@ -61,6 +65,7 @@ __all__ = [
     "SOLVERS",
     "Bisection",
     "Choices",
+    "Cqap",
     "EarlierStudy",
     "Evaluations",
     "Exhaustive",
@@ -70,6 +75,7 @@ __all__ = [
     "Interaction",
     "Knapsack",
     "Ledger",
+    "Linas",
     "Measure",
     "MeasuredSearch",
     "MeasuredSolution",

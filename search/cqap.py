@@ -14,6 +14,7 @@ from mpq.search.measured import Evaluations, MeasuredSearch
 from mpq.search.predictor import Attributes, LossPredictor
 from mpq.search.surrogate import best_predicted, training_picks
 
+_CROWDING = 4.0  # what is searched lies at the limits
 _TRAINING_SHARE = 0.75  # of a limit of evaluations
 
 
@@ -36,8 +37,8 @@ class Cqap(MeasuredSearch):
     """
 
     seed: int = 0
-    training: int = 64
-    finalists: int = 32
+    training: int = 128
+    finalists: int = 64
     population: int = 100
     generations: int = 40
     seeded: bool = True
@@ -51,7 +52,7 @@ class Cqap(MeasuredSearch):
         rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)
         predictor = LossPredictor(problem, self.attributes, seeded=self.seeded)
         count = max(1, int(min(self.training, _TRAINING_SHARE * evaluations.left)))
-        evaluations.measure(training_picks(feasible, count, rng))
+        evaluations.measure(training_picks(feasible, count, rng, _CROWDING))
         trace = evaluations.trace
         correlation = predictor.held_out(trace.picks, trace.losses, rng)
         predictor.learn(trace.picks, trace.losses)

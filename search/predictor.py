@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ _FOLDS = 5
 _JITTER = 1e-9
 
 Attributes = Mapping[str, Sequence[Any]]
-"""Name of an attribute, such as ``bits``, ``granularity`` or ``symmetric`` -> its value for each scheme."""
+"""Name of an attribute, such as ``bits``, ``granularity`` or ``symmetric`` -> its value for each scheme.
+
+Numbers are ordered: the closer two are, the more their schemes have in common."""
 
 
 class LossPredictor:
@@ -34,7 +37,7 @@ class LossPredictor:
 
     Args:
         problem: Whose picks are learnt.
-        attributes: What each scheme is made of; by default nothing is known of it.
+        attributes: What each scheme is made of; by default only its mean cost.
         seeded: The predicted loss is what is corrected.
 
     Raises:
@@ -42,7 +45,8 @@ class LossPredictor:
     """
 
     def __init__(self, problem: Problem, attributes: Attributes | None = None, *, seeded: bool = True) -> None:
-        self._problem, self._codes = problem, _codes(attributes or {}, problem.loss.shape[1])
+        self._problem = problem
+        self._codes = _codes({"cost": _mean_cost(problem)} if attributes is None else attributes, problem.loss.shape[1])
         self._seeded = seeded and bool(np.where(problem.allowed, problem.loss, 0.0).any())
         self._features = self._positions = self._solved = np.zeros(0)
         self._scales, self._reference = _MEDIANS, 0.0
@@ -94,7 +98,7 @@ class LossPredictor:
 
 
 def _codes(attributes: Attributes, schemes: int) -> Floats:
-    """Codes ``[S, F]`` of unit length whose product is the share of attributes that two schemes have in common.
+    """Codes ``[S, F]`` of unit length whose product says how much two schemes have in common.
 
     What tells a scheme from all others counts as one attribute.
     """
@@ -102,8 +106,18 @@ def _codes(attributes: Attributes, schemes: int) -> Floats:
     for name, values in attributes.items():
         if len(values) != schemes:
             raise MpqError(f"attribute {name!r} has {len(values)} values for {schemes} schemes; give one for each")
-        columns.append(np.array([[float(a == b) for b in dict.fromkeys(values)] for a in values]))
-    return np.concatenate(columns, 1) / np.sqrt(len(columns))
+        known = list(dict.fromkeys(values))
+        if all(isinstance(v, Real) for v in known):
+            columns.append(np.array([[1.0 if v >= k else -1.0 for k in sorted(known)] for v in values]))
+        else:
+            columns.append(np.array([[float(v == k) for k in known] for v in values]))
+    return np.concatenate([c / np.linalg.norm(c, axis=1, keepdims=True) for c in columns], 1) / np.sqrt(len(columns))
+
+
+def _mean_cost(problem: Problem) -> list[float]:
+    """Of each scheme ``[S]``, over groups and constraints, in shares of the limits."""
+    shares = [(c.cost / np.maximum(np.abs(c.limit), 1e-300)).sum((0, 2)) for c in problem.constraints]
+    return [float(x) for x in sum(shares, np.zeros(problem.loss.shape[1]))]
 
 
 def _grams(features: Floats, positions: Floats, others: Floats, their: Floats) -> list[Floats]:
@@ -113,5 +127,4 @@ def _grams(features: Floats, positions: Floats, others: Floats, their: Floats) -
 
 
 def _covariance(grams: list[Floats], scales: Floats) -> Floats:
-    found: Floats = _OFFSET**2 + sum(s**2 * g for s, g in zip(scales, grams, strict=False))
-    return found
+    return _OFFSET**2 + sum((s**2 * g for s, g in zip(scales, grams, strict=False)), np.zeros_like(grams[0]))

@@ -15,7 +15,6 @@ from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import evolve
 from mpq.search.ledger import Ledger
-from mpq.search.local_search import binding_rows
 from mpq.search.measured import Evaluations
 
 Predict = Callable[[Ints], Floats]
@@ -108,11 +107,17 @@ def starts(feasible: FeasiblePicks, evaluations: Evaluations, count: int, rng: n
     return np.array([*fitting, *feasible.draw(count - len(fitting), rng)], np.int64)
 
 
-def training_picks(feasible: FeasiblePicks, count: int, rng: np.random.Generator) -> Ints:
-    """Up to ``count`` different feasible picks ``[K, G]``, spread evenly from the least cost to the limits.
+def training_picks(feasible: FeasiblePicks, count: int, rng: np.random.Generator, crowding: float = 1.0) -> Ints:
+    """Up to ``count`` different feasible picks ``[K, G]``, spread from the least cost to the limits.
 
     As in EQ-Net (Xu et al., 2023, after OFA), where schemes are random given the average bits: here with the
     distribution of the largest entropy for an average cost. Evenly drawn schemes would all cost about the same.
+
+    Args:
+        feasible: Makes them feasible.
+        count: How many.
+        rng: Where draws come from.
+        crowding: 1 spreads them evenly; the larger, the more of them lie near the limits.
     """
     cost, allowed = _relative_cost(feasible.problem), feasible.problem.allowed
     largest = np.where(allowed, cost, 0.0).max(1)
@@ -130,7 +135,8 @@ def training_picks(feasible: FeasiblePicks, count: int, rng: np.random.Generator
     found: dict[bytes, Ints] = {}
     for _ in range(_ROUNDS):
         missing = count - len(found)
-        for target in least + (most - least) * (rng.permutation(missing) + rng.random(missing)) / max(missing, 1):
+        places = ((rng.permutation(missing) + rng.random(missing)) / max(missing, 1)) ** (1 / crowding)
+        for target in least + (most - least) * places:
             tilt = brentq(lambda t, goal=target: mean(t) - goal, -_TILT, _TILT) if least < target < most else 0.0
             rows = chances(tilt)
             pick = feasible.repair([rng.choice(len(row), p=row) for row in rows], rng)
@@ -140,6 +146,10 @@ def training_picks(feasible: FeasiblePicks, count: int, rng: np.random.Generator
 
 def _relative_cost(problem: Problem) -> Floats:
     """Costs ``[G, S]`` as shares of the limits, on average over the rows; zero without any."""
-    cost, limit = binding_rows(problem)
-    shares: Floats = (cost / np.maximum(np.abs(limit), 1e-300)).mean(2) if len(limit) else np.zeros(problem.loss.shape)
+    G, S = problem.loss.shape
+    cost = np.concatenate([np.zeros((G, S, 0)), *(c.cost for c in problem.constraints)], axis=2)
+    limit = np.concatenate([np.zeros(0), *(c.limit for c in problem.constraints)])
+    largest = np.where(problem.allowed[..., None], cost, 0.0).max(1).sum(0)
+    bounded = np.isfinite(limit) & (limit > 0) & (largest > 0)
+    shares: Floats = (cost / np.where(bounded, limit, 1.0))[..., bounded].sum(2) / max(int(bounded.sum()), 1)
     return shares
