@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
@@ -16,6 +15,8 @@ from mpq.search.predictor import Attributes, LossPredictor
 from mpq.search.residual import logarithms
 from mpq.search.surrogate import training_picks
 
+_REFERENCE = 1.1  # of hypervolumes, in ranges of each objective
+
 
 @dataclass(frozen=True)
 class Linas(MeasuredSearch):
@@ -23,7 +24,7 @@ class Linas(MeasuredSearch):
 
     The loss and how much of each constraint's limit is used are minimised: two objectives under one constraint, three
     under two. In each round a predictor (`LossPredictor`) learns all measured losses, NSGA-II evolves the best of them
-    on its predictions, and of its last generation those are measured that lie farthest from measured ones.
+    on its predictions, and of its last generation those are measured that add most hypervolume to what is measured.
 
     Attributes:
         seed: Random seed.
@@ -84,7 +85,7 @@ class Linas(MeasuredSearch):
         first = np.concatenate([trace.picks[fits][front], others])
         found = evolve(feasible, first, objectives, measured.shape[1], self.generations, int(rng.integers(2**31)))[-1]
         new = found[[not evaluations.known(p) for p in found]]
-        return new[spread(objectives(new), measured[front], self.batch)] if len(new) else new
+        return new[most_volume(objectives(new), measured[front], self.batch)] if len(new) else new
 
 
 def front_first(objectives: Floats) -> Ints:
@@ -95,18 +96,21 @@ def front_first(objectives: Floats) -> Ints:
     return np.concatenate([np.sort(front) for front in fronts]).astype(np.int64)
 
 
-def spread(points: Floats, known: Floats, count: int) -> Ints:
-    """Indices ``[K]`` of up to ``count`` points ``[N, objectives]`` that fill gaps.
+def most_volume(points: Floats, known: Floats, count: int) -> Ints:
+    """Indices ``[K]`` of up to ``count`` points ``[N, objectives]`` that extend a front.
 
-    That is the best in the first objective, then always the one farthest from those chosen and from known points
-    ``[M, objectives]``.
+    That is the best in the first objective, then always the one that adds most hypervolume to those chosen and to known
+    points ``[M, objectives]``.
     """
+    from pymoo.indicators.hv import HV
+
     both = np.concatenate([points, known])
-    scale = np.maximum(np.ptp(both, axis=0), 1e-12)
-    chosen = [int(points[:, 0].argmin())]
-    distance = cdist(points / scale, known / scale).min(1)
+    low, scale = both.min(0), np.maximum(np.ptp(both, axis=0), 1e-12)
+    own, front = (points - low) / scale, (known - low) / scale
+    volume = HV(ref_point=np.full(points.shape[1], _REFERENCE))
+    chosen = [int(own[:, 0].argmin())]
     while len(chosen) < min(count, len(points)):
-        distance = np.minimum(distance, cdist(points / scale, points[chosen[-1:]] / scale)[:, 0])
-        distance[chosen] = -1.0
-        chosen.append(int(distance.argmax()))
+        front = np.concatenate([front, own[chosen[-1:]]])
+        gains = [-1.0 if i in chosen else volume(np.concatenate([front, own[i : i + 1]])) for i in range(len(own))]
+        chosen.append(int(np.argmax(gains)))
     return np.array(chosen, np.int64)

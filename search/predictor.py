@@ -111,7 +111,8 @@ def _codes(attributes: Attributes, schemes: int) -> Floats:
             columns.append(np.array([[1.0 if v >= k else -1.0 for k in sorted(known)] for v in values]))
         else:
             columns.append(np.array([[float(v == k) for k in known] for v in values]))
-    return np.concatenate([c / np.linalg.norm(c, axis=1, keepdims=True) for c in columns], 1) / np.sqrt(len(columns))
+    codes: Floats = np.concatenate([c / np.linalg.norm(c, axis=1, keepdims=True) for c in columns], 1)
+    return codes / np.sqrt(len(columns))
 
 
 def _mean_cost(problem: Problem) -> list[float]:
@@ -127,4 +128,6 @@ def _grams(features: Floats, positions: Floats, others: Floats, their: Floats) -
 
 
 def _covariance(grams: list[Floats], scales: Floats) -> Floats:
-    return _OFFSET**2 + sum((s**2 * g for s, g in zip(scales, grams, strict=False)), np.zeros_like(grams[0]))
+    slope, *choices = (s**2 * g for s, g in zip(scales[:-1], grams, strict=True))
+    found: Floats = _OFFSET**2 + slope + sum(choices)
+    return found

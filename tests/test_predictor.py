@@ -6,14 +6,16 @@ import pytest
 from pymoo.indicators.hv import HV
 from scipy.stats import kendalltau
 
+import mpq
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem
 from mpq.search import Choices, Cqap, Evaluations, Linas, Nsga2, RandomSearch
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.genetic import with_shares
-from mpq.search.linas import front_first, spread
+from mpq.search.linas import front_first, most_volume
 from mpq.search.predictor import LossPredictor
 from mpq.search.surrogate import training_picks
+from mpq.testing import tiny_network
 from mpq.testing_search import SearchContract, network_like_problem
 
 BITS = {"bits": (2, 3, 4, 8)}
@@ -22,7 +24,7 @@ BITS = {"bits": (2, 3, 4, 8)}
 class TestCqap(SearchContract):
     @pytest.fixture
     def search(self):
-        return Cqap(population=20, generations=5, attributes=BITS)
+        return Cqap(population=20, generations=5)
 
 
 @pytest.mark.parametrize("seeded", [True, False])
@@ -122,9 +124,7 @@ def test_schemes_that_share_attributes_share_what_is_learnt():
         predictor.learn(picks, np.exp(loss[picks].sum(1)))
         return kendalltau(predictor.predict(new), loss[new].sum(1)).statistic
 
-    conditioned = correlation({"bits": bits, "granularity": wise})
-    assert conditioned > correlation({}) + 0.1
-    assert conditioned > 0.6
+    assert correlation({"bits": bits, "granularity": wise}) > correlation({}) + 0.1
 
 
 def test_attributes_need_a_value_for_each_scheme():
@@ -188,7 +188,23 @@ def test_front_first_orders_by_dominance():
     np.testing.assert_array_equal(front_first(points), [1, 2, 0, 3])
 
 
-def test_spread_takes_the_best_and_fills_gaps():
+def test_most_volume_takes_the_best_and_fills_gaps():
     points = np.column_stack([np.linspace(0, 1, 11), np.linspace(1, 0, 11)])
-    np.testing.assert_array_equal(spread(points, points[10:], 3), [0, 5, 2])
-    np.testing.assert_array_equal(np.sort(spread(points[:2], points, 5)), [0, 1])
+    np.testing.assert_array_equal(most_volume(points, points[10:], 2), [0, 5])
+    assert set(most_volume(points, points[10:], 4)) >= {0, 5}
+    np.testing.assert_array_equal(most_volume(points[:2] + 1, points, 5), [0, 1])
+
+
+def test_attributes_of_a_search_space_condition_a_search():
+    net, data = tiny_network()
+    found = mpq.analyze(net, data, "W4A8,W4:g2,W8:tensor:asymA8", progress=False)
+    assert found.space.attributes == {
+        "weight_bits": (4, 4, 8),
+        "granularity": ("channel", "group:2", "tensor"),
+        "symmetric": (True, True, False),
+        "activation_bits": (8, 32, 8),
+        "activation_symmetric": (False, True, False),
+    }
+    search = Linas(initial=4, batch=2, population=8, generations=2, attributes=found.space.attributes)
+    study = found.search(lambda config: config.predicted_loss, "avg_bits<=6", search, evaluations=8, progress=False)
+    assert len(study.solution.trace) == 8
