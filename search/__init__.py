@@ -18,7 +18,7 @@ from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.knapsack import Knapsack
 from mpq.search.ledger import Ledger
 from mpq.search.linas import Linas
-from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, Trace
+from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, PartialMeasure, Stop, Trace
 from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 from mpq.search.quantune import Quantune
@@ -81,10 +81,12 @@ __all__ = [
     "MeasuredSolution",
     "Nsga2",
     "OptunaSearch",
+    "PartialMeasure",
     "Quantune",
     "RandomSearch",
     "Refine",
     "Solver",
+    "Stop",
     "Sweep",
     "Trace",
     "auto_solver",

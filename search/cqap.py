@@ -11,8 +11,7 @@ import numpy as np
 from mpq.problem import Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.predictor import Attributes, LossPredictor
-from mpq.search.surrogate import best_predicted, training_picks
+from mpq.search.surrogate import Attributes, best_predicted, training_picks
 
 _CROWDING = 4.0  # what is searched lies at the limits
 _TRAINING_SHARE = 0.75  # of a limit of evaluations
@@ -47,6 +46,8 @@ class Cqap(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure random picks, learn, evolve, measure the best; see `MeasuredSearch.explore`."""
+        from mpq.search.predictor import LossPredictor  # imports scipy
+
         anchor = roomiest(problem)
         assert anchor is not None
         rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.genetic import Nsga2, evolve, with_shares
+from mpq.search.logs import logarithms
 from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.predictor import Attributes, LossPredictor
-from mpq.search.residual import logarithms
-from mpq.search.surrogate import training_picks
+from mpq.search.surrogate import Attributes, training_picks
+
+if TYPE_CHECKING:
+    from mpq.search.predictor import LossPredictor
 
 _REFERENCE = 1.1  # of hypervolumes, in ranges of each objective
 
@@ -50,6 +52,8 @@ class Linas(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure, learn, evolve, repeat; see `MeasuredSearch.explore`."""
+        from mpq.search.predictor import LossPredictor  # imports scipy
+
         anchor = roomiest(problem)
         assert anchor is not None
         rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)

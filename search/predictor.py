@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
 from numbers import Real
-from typing import Any
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -12,7 +11,9 @@ from scipy.stats import kendalltau
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.residual import fit_scales, logarithms, predicted_shares
+from mpq.search.logs import logarithms, predicted_shares
+from mpq.search.residual import fit_scales
+from mpq.search.surrogate import Attributes
 
 # Medians and spreads (of the logarithm) of the priors of four scales, in natural logarithms of the loss: of the
 # prediction's slope, of choices, of pairs of choices, and of what none of these explains.
@@ -21,11 +22,6 @@ _OFFSET = 3.0  # scale of the common factor
 _FITTED = 256  # losses from which the scales are fitted, at most
 _FOLDS = 5
 _JITTER = 1e-9
-
-Attributes = Mapping[str, Sequence[Any]]
-"""Name of an attribute, such as ``bits``, ``granularity`` or ``symmetric`` -> its value for each scheme.
-
-Numbers are ordered: the closer two are, the more their schemes have in common."""
 
 
 class LossPredictor:
@@ -111,8 +107,8 @@ def _codes(attributes: Attributes, schemes: int) -> Floats:
             columns.append(np.array([[1.0 if v >= k else -1.0 for k in sorted(known)] for v in values]))
         else:
             columns.append(np.array([[float(v == k) for k in known] for v in values]))
-    codes: Floats = np.concatenate([c / np.linalg.norm(c, axis=1, keepdims=True) for c in columns], 1)
-    return codes / np.sqrt(len(columns))
+    codes = [c / np.linalg.norm(c, axis=1, keepdims=True) for c in columns]
+    return np.concatenate(codes, 1) / math.sqrt(len(columns))
 
 
 def _mean_cost(problem: Problem) -> list[float]:

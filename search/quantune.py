@@ -11,8 +11,8 @@ import numpy as np
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.genetic import Genetic
+from mpq.search.logs import logarithms, predicted_shares
 from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.residual import logarithms, predicted_shares
 from mpq.search.surrogate import EarlierStudy, best_predicted
 
 if TYPE_CHECKING:

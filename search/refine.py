@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -13,8 +13,10 @@ from mpq.problem import Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.interaction import Interaction, separable_solver, symmetric
 from mpq.search.local_search import LocalSearch
-from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.residual import ResidualModel
+from mpq.search.measured import Evaluations, MeasuredSearch, Trace
+
+if TYPE_CHECKING:
+    from mpq.search.residual import ResidualModel
 
 _INCUMBENTS = 3  # best measured picks whose neighbours are looked at
 _CANDIDATES, _WORK = 3000, 2e8  # neighbours at most, and times the square of the groups
@@ -25,11 +27,11 @@ _SECONDS = 10.0  # limit of an integer program for a corrected problem
 class Refine(MeasuredSearch):
     """Bayesian optimization around the prediction: the search for expensive truth.
 
-    It measures the optimum of the predicted problem, interactions included, and then what is expected to gain most
-    according to a model of the ratio of measured to predicted losses (`ResidualModel`). It chooses among the optima
-    of problems corrected by that model, by its mean and by draws from its posterior, and among all that differ from
-    the best measured picks in one or two groups. What the evaluations hold from searches under other constraints
-    teaches the model, too.
+    It measures the optimum of the predicted problem, with all of its interactions and with half of them, and then what
+    is expected to gain most according to a model of the ratio of measured to predicted losses (`ResidualModel`). It
+    chooses among the optima of problems corrected by that model, by its mean and by draws from its posterior, and among
+    all that differ from the best measured picks in one or two groups. What the evaluations hold from searches under
+    other constraints teaches the model, too.
 
     Attributes:
         seed: Random seed of the draws.
@@ -50,7 +52,7 @@ class Refine(MeasuredSearch):
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure, correct, repeat; see `MeasuredSearch.explore`."""
         proposer = Proposer(problem, np.random.default_rng(self.seed))
-        evaluations.measure(proposer.first(evaluations)[None])
+        evaluations.measure(proposer.first(evaluations))
         while True:
             gain, picks = proposer.propose(evaluations, self.batch, self.drafts)
             if not len(picks) or (gain < self.least_gain and len(evaluations.trace) >= self.handful):
@@ -75,13 +77,19 @@ class Proposer:
         self._feasible = FeasiblePicks(problem, anchor)
 
     def first(self, evaluations: Evaluations) -> Ints:
-        """The optimum of the problem as far as it is known."""
+        """The optimum of the problem as far as it is known, and that with interactions of half their strength.
+
+        Interactions are less certain than the losses of single groups, and an optimum makes the most of them: a pick
+        that trusts them less tells how far to trust them.
+        """
         trace, problem = evaluations.trace, self.problem
         if len(trace):
-            problem = ResidualModel(problem, trace.picks, trace.losses).corrected()
-        found = Interaction().solve(problem).pick
-        assert found is not None
-        return found
+            problem = _fitted(problem, trace).corrected()
+        problems = [problem]
+        if problem.interactions is not None and not len(trace):
+            problems.append(replace(problem, interactions=0.5 * problem.interactions))
+        picks = [Interaction().solve(p).pick for p in problems]
+        return _distinct(np.array([p for p in picks if p is not None]))
 
     def propose(self, evaluations: Evaluations, batch: int, drafts: int) -> tuple[float, Ints]:
         """Picks ``[batch, G]`` or fewer, all new, and the largest gain expected of one; some must be measured already.
@@ -90,14 +98,14 @@ class Proposer:
         measured, and zero if no candidate is new.
         """
         trace = evaluations.trace
-        model = ResidualModel(self.problem, trace.picks, trace.losses)
+        model = _fitted(self.problem, trace)
         feasible = np.flatnonzero(self._feasible.fits(trace.picks))
         if not len(feasible):
-            return math.inf, self.first(evaluations)[None]
+            return math.inf, self.first(evaluations)
         best = feasible[np.argsort(trace.losses[feasible], kind="stable")][:_INCUMBENTS]
         incumbents = trace.picks[best]
         drawn = [self._optimum(model.corrected(), incumbents)]
-        drawn += [self._optimum(model.corrected(self._rng), incumbents) for _ in range(drafts)]
+        drawn += [self._optimum(model.corrected(self._rng), incumbents[:1]) for _ in range(drafts)]
         near = np.concatenate([self._neighbours(pick) for pick in incumbents])
         candidates = _distinct(np.concatenate([np.array(drawn), near]))
         candidates = candidates[[not evaluations.known(p) for p in candidates]]
@@ -136,6 +144,12 @@ class Proposer:
             found[np.arange(len(moves)), g] = s
         found = found[self._feasible.fits(found)]
         return found if len(found) <= most else self._rng.permutation(found)[:most]
+
+
+def _fitted(problem: Problem, trace: Trace) -> ResidualModel:
+    from mpq.search.residual import ResidualModel  # scipy takes long to import
+
+    return ResidualModel(problem, trace.picks, trace.losses)
 
 
 def _distinct(picks: Ints) -> Ints:

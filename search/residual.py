@@ -10,24 +10,26 @@ from scipy.optimize import minimize
 from scipy.special import ndtr
 
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.logs import logarithms, predicted_shares
 
-# Medians and spreads (of the logarithm) of the priors of four scales, in natural logarithms of the loss: the slope of
-# measured against predicted logarithms, less one; a factor for each choice wherever it is taken; a factor for each
-# choice's share of the loss; what none of these explains.
-_MEDIANS, _SPREADS = np.array([0.1, 0.3, 0.5, 0.05]), np.array([1.0, 0.7, 0.7, 0.7])
+# Medians and spreads (of the logarithm) of the priors of five scales, in natural logarithms of the loss: the slope of
+# measured against predicted logarithms, less one; the strength of the interactions, less one; a factor for each choice
+# wherever it is taken; a factor for each choice's share of the loss; what none of these explains. The last three are
+# held tight: a few losses that happen to agree must not make the model sure of itself.
+_MEDIANS, _SPREADS = np.array([0.1, 0.2, 0.3, 0.5, 0.05]), np.array([1.0, 1.0, 0.4, 0.4, 0.5])
+_COMMON = 3  # features that belong to no choice: the common factor, the slope and the interactions
 _OFFSET = 3.0  # scale of the common factor: measured and predicted losses may have different units
 _FEWEST = 3  # losses from which the scales are fitted
-_LEAST_SHARE = 0.1  # a prediction that interactions all but cancel counts as this share of the groups' own losses
 _JITTER = 1e-9
 
 
 class ResidualModel:
     """Predicts the logarithm of the measured loss, with that of the predicted one as prior mean.
 
-    The ratio of both is explained by a common factor, a power of the prediction, a factor for each choice and a factor
-    for each choice's share of the predicted loss: a wrong sensitivity matters as far as it makes up the loss. All
-    coefficients have normal priors, so this is a Gaussian process (Rasmussen and Williams, 2006, chapter 2); the scales
-    of the priors are fitted as the mode of their posterior.
+    The ratio of both is explained by a common factor, a power of the prediction, the strength of all interactions, a
+    factor for each choice and a factor for each choice's share of the predicted loss: a wrong sensitivity matters as
+    far as it makes up the loss. All coefficients have normal priors, so this is a Gaussian process (Rasmussen and
+    Williams, 2006, chapter 2); the scales of the priors are fitted as the mode of their posterior.
 
     Args:
         problem: Predicted losses.
@@ -37,7 +39,7 @@ class ResidualModel:
 
     Attributes:
         logs: Logarithms of the losses ``[N]``: the unit of what is predicted.
-        scales: Fitted scales: slope, choices, shares and rest.
+        scales: Fitted scales: slope, interactions, choices, shares and rest.
     """
 
     def __init__(self, problem: Problem, picks: Ints, losses: Floats) -> None:
@@ -85,38 +87,40 @@ class ResidualModel:
             error = self._features @ drawn + noise
             weights = weights + drawn - self._features.T @ cho_solve(self._factor, error)
         scaled = weights * self._weights(self.scales)
-        everywhere, share = scaled[2 : 2 + G * S].reshape(G, S), scaled[2 + G * S :].reshape(G, S)
+        everywhere, share = scaled[_COMMON:].reshape(2, G, S)
         # One choice wherever it is taken: a share of a whole loss, that of a pick as good as those measured.
         loss = self._own * np.exp(share) + np.exp(self._reference) * (everywhere - everywhere.min(1, keepdims=True))
         pairs = self._problem.interactions
         if pairs is not None:
             root = np.exp(0.5 * share)
-            pairs = pairs * (root[:, :, None, None] * root)
+            strength = np.clip(1 + scaled[2], 0.0, 2.0)
+            pairs = pairs * (strength * root[:, :, None, None] * root)
         return Problem(np.where(self._problem.allowed, loss, np.inf), self._problem.constraints, pairs)
 
     def _terms(self, picks: Ints) -> tuple[Floats, Floats]:
-        """Logarithms of the predictions ``[M]`` and unscaled features ``[M, 2 + 2 * G * S]``."""
+        """Logarithms of the predictions ``[M]`` and unscaled features ``[M, 3 + 2 * G * S]``."""
         G, S = self._own.shape
         shares, total = predicted_shares(self._problem, picks)
         prior = np.log(total)
         chosen = np.eye(S)[picks]
         taken = chosen.reshape(len(picks), -1) / np.sqrt(G)
         shared = (chosen * shares[..., None]).reshape(len(picks), -1)
-        common = np.stack([np.ones(len(picks)), prior - self._reference], 1)
+        paired = shares.sum(1) - self._own[np.arange(G), picks].sum(1) / total
+        common = np.stack([np.ones(len(picks)), prior - self._reference, paired], 1)
         return prior, np.concatenate([common, taken, shared], 1)
 
     def _weights(self, scales: Floats) -> Floats:
         """Scale of each feature."""
         size = self._own.size
-        return np.concatenate([[_OFFSET, scales[0]], np.full(size, scales[1]), np.full(size, scales[2])])
+        return np.concatenate([[_OFFSET, *scales[:2]], np.full(size, scales[2]), np.full(size, scales[3])])
 
     def _fit(self, features: Floats) -> Floats:
         """Mode of the posterior of the scales."""
         if len(features) < _FEWEST:
             return _MEDIANS
         size = self._own.size
-        parts = [features[:, :1], features[:, 1:2], features[:, 2 : 2 + size], features[:, 2 + size :]]
-        offset, *grams = (part @ part.T for part in parts)
+        ends = np.cumsum([1, 1, 1, size])
+        offset, *grams = (part @ part.T for part in np.split(features, ends, axis=1))
         return fit_scales(_OFFSET**2 * offset, grams, self._residual, _MEDIANS, _SPREADS)
 
 
@@ -146,33 +150,3 @@ def fit_scales(known: Floats, grams: Sequence[Floats], target: Floats, medians: 
 def _gram(features: Floats, rest: float) -> Floats:
     gram: Floats = features @ features.T + (rest**2 + _JITTER) * np.eye(len(features))
     return gram
-
-
-def predicted_shares(problem: Problem, picks: Ints) -> tuple[Floats, Floats]:
-    """Each group's share ``[K, G]`` of the predicted loss of picks ``[K, G]``, and that loss ``[K]``, kept positive."""
-    groups = np.arange(len(problem.loss))
-    losses = np.where(problem.allowed, problem.loss, 0.0)
-    own = losses[groups, picks]
-    shares = own.copy()
-    if problem.interactions is not None:
-        for share, pick in zip(shares, picks, strict=True):
-            share += 0.5 * problem.interactions[groups[:, None], pick[:, None], groups, pick].sum(1)
-    floor = 1e-12 * float(np.abs(losses).sum()) + 1e-300
-    total = np.maximum(shares.sum(1), _LEAST_SHARE * np.abs(own).sum(1) + floor)
-    return shares / total[:, None], total
-
-
-def logarithms(losses: Floats) -> Floats:
-    """Logarithms of losses ``[N]``.
-
-    Infinite ones count as twice the largest finite one; where some are not positive, a constant is added to all.
-    """
-    finite = losses[np.isfinite(losses)]
-    if not len(finite):
-        return np.zeros(len(losses))
-    low, high = float(finite.min()), float(finite.max())
-    # Losses such as a drop of accuracy may be zero or less: their differences count, those below the shift little.
-    shift = 0.0 if low > 0 else 0.05 * (high - low) - low + 1e-12
-    capped = np.where(np.isfinite(losses), losses, high + abs(high) + shift)
-    logs: Floats = np.log(capped + shift)
-    return logs

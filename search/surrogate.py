@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
@@ -21,6 +21,11 @@ Predict = Callable[[Ints], Floats]
 """Predicted logarithms of the losses ``[K]`` of picks ``[K, G]``."""
 
 _ENUMERATED = 4096  # picks of a problem that are all looked at
+Attributes = Mapping[str, Sequence[Any]]
+"""Name of an attribute, such as ``bits``, ``granularity`` or ``symmetric`` -> its value for each scheme.
+
+Numbers are ordered: the closer two are, the more their schemes have in common."""
+
 _TILT = 30.0  # largest logarithm of the odds of a group's dearest scheme against its cheapest
 _ROUNDS = 10  # of draws for distinct training picks
 
@@ -119,6 +124,8 @@ def training_picks(feasible: FeasiblePicks, count: int, rng: np.random.Generator
         rng: Where draws come from.
         crowding: 1 spreads them evenly; the larger, the more of them lie near the limits.
     """
+    from scipy.optimize import brentq
+
     cost, allowed = _relative_cost(feasible.problem), feasible.problem.allowed
     largest = np.where(allowed, cost, 0.0).max(1)
     sizes = cost / np.where(largest > 0, largest, 1.0)[:, None]
