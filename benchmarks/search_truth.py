@@ -24,11 +24,14 @@ from real_models import SHARED, shared_loader
 import mpq
 from mpq.problem import Constraint, Floats, Ints, Problem
 from mpq.search import (
+    Cqap,
     Evaluations,
     Genetic,
+    Linas,
     MeasuredSearch,
     Nsga2,
     OptunaSearch,
+    Quantune,
     RandomSearch,
     Refine,
     Sweep,
@@ -37,12 +40,16 @@ from mpq.search import (
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)  # average bits
 SENSITIVITY_SEEDS = 4
 NEAR = 0.01
-LIMIT, SLOW_LIMIT = 1024, 256  # of evaluations; Optuna's samplers take longer with each
+LIMIT, SLOW_LIMIT = 1024, 256  # of evaluations
+SLOW = (OptunaSearch, Linas, Quantune)  # they take longer with each evaluation
 # Those of others, named: without what sensitivity knows, as their users run them.
 COLD: dict[str, Callable[[int], MeasuredSearch]] = {
     "genetic": lambda seed: Genetic(seed, seeded=False),
     "nsga2": lambda seed: Nsga2(seed, seeded=False),
     "tpe": lambda seed: OptunaSearch("tpe", seed, seeded=False),
+    "quantune": lambda seed: Quantune(seed, seeded=False),
+    "cqap": lambda seed: Cqap(seed, seeded=False),
+    "linas": lambda seed: Linas(seed, seeded=False),
     "random, repaired": lambda seed: RandomSearch(seed),
 }
 WARM: dict[str, Callable[[int], MeasuredSearch]] = {
@@ -50,6 +57,9 @@ WARM: dict[str, Callable[[int], MeasuredSearch]] = {
     "genetic, seeded": lambda seed: Genetic(seed),
     "nsga2, seeded": lambda seed: Nsga2(seed),
     "tpe, seeded": lambda seed: OptunaSearch("tpe", seed),
+    "quantune, seeded": lambda seed: Quantune(seed),
+    "cqap, seeded": lambda seed: Cqap(seed),
+    "linas, seeded": lambda seed: Linas(seed),
 }
 FRONTIERS: dict[str, Callable[[int], MeasuredSearch]] = {
     "sweep of refine": lambda seed: Sweep(seed),
@@ -57,6 +67,8 @@ FRONTIERS: dict[str, Callable[[int], MeasuredSearch]] = {
     "sweep of tpe": lambda seed: Sweep(inner=OptunaSearch("tpe", seed, seeded=False), points=4),
     "nsga2": lambda seed: Nsga2(seed, seeded=False),
     "nsga2, seeded": lambda seed: Nsga2(seed),
+    "linas": lambda seed: Linas(seed, seeded=False),
+    "linas, seeded": lambda seed: Linas(seed),
     "nsga3": lambda seed: OptunaSearch("nsga3", seed, seeded=False),
     "random, repaired": lambda seed: RandomSearch(seed),
 }
@@ -165,7 +177,7 @@ def evaluations_needed(
             row = rows[str(average)] = []
             for seed in range(seeds):
                 search = searches[name](seed)
-                limit = SLOW_LIMIT if isinstance(search, OptunaSearch) else most
+                limit = min(most, SLOW_LIMIT) if isinstance(search, SLOW) else most
                 row.append(needed(truth, problem(truth, tables[seed % len(tables)], average), average, search, limit))
         seconds = (time.process_time() - started) / (seeds * len(budgets))
         cells = [f"{np.median(row):g} ({max(row)})" for row in rows.values()]

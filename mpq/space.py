@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,21 @@ class SearchSpace:
         free = self.allowed[self.allowed.sum(1) > 1]
         rows = free if len(free) else self.allowed
         return tuple(s for i, s in enumerate(self.schemes) if rows[:, i].all())
+
+    @property
+    def attributes(self) -> dict[str, tuple[Any, ...]]:
+        """What each scheme is made of: bits, granularity and symmetry of weights, bits and symmetry of activations.
+
+        `mpq.search.Cqap` and `mpq.search.Linas` take them. Activations that stay float count as of 32 bits.
+        """
+        weights, acts = [s.weight for s in self.schemes], [s.activation for s in self.schemes]
+        return {
+            "weight_bits": tuple(f.bits for f in weights),
+            "granularity": tuple(f.granularity for f in weights),
+            "symmetric": tuple(f.symmetric for f in weights),
+            "activation_bits": tuple(32 if f is None else f.bits for f in acts),
+            "activation_symmetric": tuple(f is None or f.symmetric for f in acts),
+        }
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -10,6 +10,8 @@ from typing import Protocol
 from mpq.problem import Problem, Solution
 from mpq.search.baselines import BeamDp, GreedyPath, GreedyRatio, OrderedEnumeration, Uniform
 from mpq.search.bisection import Bisection
+from mpq.search.choices import Choices
+from mpq.search.cqap import Cqap
 from mpq.search.epsilon import Surface, epsilon_surface, hypervolume
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.genetic import Genetic, Nsga2
@@ -18,11 +20,14 @@ from mpq.search.interaction import Interaction, separable_solver
 from mpq.search.interaction_frontier import interaction_frontier
 from mpq.search.knapsack import Knapsack
 from mpq.search.ledger import Ledger
+from mpq.search.linas import Linas
 from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, PartialMeasure, Stop, Trace
 from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
+from mpq.search.quantune import Quantune
 from mpq.search.random_search import RandomSearch
 from mpq.search.refine import Refine
+from mpq.search.surrogate import EarlierStudy
 from mpq.search.sweep import Sweep
 
 
@@ -56,6 +61,9 @@ SEARCHES: dict[str, type[MeasuredSearch]] = {
     "optuna": OptunaSearch,
     "random": RandomSearch,
     "sweep": Sweep,
+    "quantune": Quantune,
+    "cqap": Cqap,
+    "linas": Linas,
 }
 
 
@@ -69,6 +77,9 @@ __all__ = [
     "SEARCHES",
     "SOLVERS",
     "Bisection",
+    "Choices",
+    "Cqap",
+    "EarlierStudy",
     "Evaluations",
     "Exhaustive",
     "FrontierPicks",
@@ -77,12 +88,14 @@ __all__ = [
     "Interaction",
     "Knapsack",
     "Ledger",
+    "Linas",
     "Measure",
     "MeasuredSearch",
     "MeasuredSolution",
     "Nsga2",
     "OptunaSearch",
     "PartialMeasure",
+    "Quantune",
     "RandomSearch",
     "Refine",
     "Solver",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,57 +38,23 @@ class Genetic(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Evolve picks; see `MeasuredSearch.explore`."""
-        from pymoo.algorithms.soo.nonconvex.ga import GA
+        anchor = roomiest(problem)
+        assert anchor is not None
+        feasible = FeasiblePicks(problem, anchor)
+        first = self.first(problem, feasible, np.random.default_rng(self.seed))
 
-        return self._evolve(GA, problem, evaluations)
+        def objectives(picks: Ints) -> Floats:
+            return self._objectives(problem, picks, evaluations.measure(picks))
+
+        count = self._objectives(problem, first[:1], np.zeros(1)).shape[1]
+        done = len(evolve(feasible, first, objectives, count, self.generations, self.seed))
+        return f"{done} generations" if done == self.generations else "no new picks could be bred"
 
     def _objectives(self, problem: Problem, picks: Ints, losses: Floats) -> Floats:
         """What is minimised, ``[K, objectives]``."""
         return losses[:, None]
 
-    def _evolve(self, algorithm: Any, problem: Problem, evaluations: Evaluations) -> str:
-        from pymoo.core.mutation import Mutation
-        from pymoo.core.problem import Problem as Task
-        from pymoo.core.repair import Repair
-        from pymoo.operators.crossover.ux import UniformCrossover
-
-        search, rng = self, np.random.default_rng(self.seed)
-        anchor = roomiest(problem)
-        assert anchor is not None
-        feasible, (G, S) = FeasiblePicks(problem, anchor), problem.loss.shape
-
-        class Picks(Task):  # type: ignore[misc]
-            def _evaluate(self, x: Ints, out: dict[str, Floats], *args: Any, **kwargs: Any) -> None:
-                # Infinite losses have no order; pymoo's arithmetic does not take them.
-                losses = np.minimum(evaluations.measure(x), np.finfo(float).max)
-                out["F"] = search._objectives(problem, x, losses)
-
-        class OtherSchemes(Mutation):  # type: ignore[misc]
-            def _do(self, problem: Any, X: Ints, random_state: Any = None, **kwargs: Any) -> Ints:
-                others = random_state.integers(S, size=X.shape)
-                return np.where(random_state.random(X.shape) < 1 / G, others, X)
-
-        class MadeFeasible(Repair):  # type: ignore[misc]
-            def _do(self, problem: Any, X: Ints, random_state: Any = None, **kwargs: Any) -> Ints:
-                return np.array([feasible.repair(x, random_state) for x in X], np.int64)
-
-        first = self._first(problem, feasible, rng)
-        run = algorithm(
-            pop_size=self.population,
-            sampling=first,
-            crossover=UniformCrossover(),
-            mutation=OtherSchemes(),
-            repair=MadeFeasible(),
-            eliminate_duplicates=True,
-        )
-        objectives = self._objectives(problem, first[:1], np.zeros(1)).shape[1]
-        task = Picks(n_var=G, n_obj=objectives, xl=0, xu=S - 1, vtype=int)
-        run.setup(task, termination=("n_gen", self.generations), seed=self.seed, verbose=False)
-        while run.has_next():
-            run.next()
-        return f"{run.n_gen - 1} generations" if run.n_gen > self.generations else "no new picks could be bred"
-
-    def _first(self, problem: Problem, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
+    def first(self, problem: Problem, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
         """The first generation, all feasible."""
         drawn = feasible.draw(self.population, rng)
         seeds = self._seeds(problem)[: self.population // 2] if self.seeded else drawn[:0]
@@ -116,19 +83,73 @@ class Nsga2(Genetic):
 
     name: ClassVar[str] = "nsga2"
 
-    def explore(self, problem: Problem, evaluations: Evaluations) -> str:
-        """Evolve a frontier; see `MeasuredSearch.explore`."""
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-
-        return self._evolve(NSGA2, problem, evaluations)
-
     def _objectives(self, problem: Problem, picks: Ints, losses: Floats) -> Floats:
-        return np.column_stack([losses, np.array([used_shares(problem, p) for p in picks])])
+        return with_shares(problem, picks, losses)
 
     def _seeds(self, problem: Problem) -> Ints:
         frontier = _frontier(problem)
         spread = np.unique(np.linspace(0, len(frontier) - 1, max(1, self.population // 2)).astype(int))
         return np.array([frontier[i] for i in spread])
+
+
+def evolve(
+    feasible: FeasiblePicks,
+    first: Ints,
+    objectives: Callable[[Ints], Floats],
+    count: int,
+    generations: int,
+    seed: int,
+) -> list[Ints]:
+    """Evolve picks: pymoo's genetic algorithm for one objective, its NSGA-II for several.
+
+    Args:
+        feasible: Repairs picks.
+        first: The first generation ``[population, G]``, feasible.
+        objectives: What is minimised, of picks ``[K, G]``: ``[K, count]``.
+        count: How many objectives.
+        generations: It ends after so many, or when no new picks can be bred.
+        seed: Random seed.
+
+    Returns:
+        The survivors of each generation ``[population, G]``.
+    """
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.algorithms.soo.nonconvex.ga import GA
+    from pymoo.core.mutation import Mutation
+    from pymoo.core.problem import Problem as Task
+    from pymoo.core.repair import Repair
+    from pymoo.operators.crossover.ux import UniformCrossover
+
+    G, S = feasible.problem.loss.shape
+
+    class Picks(Task):  # type: ignore[misc]
+        def _evaluate(self, x: Ints, out: dict[str, Floats], *args: Any, **kwargs: Any) -> None:
+            # Infinite losses have no order; pymoo's arithmetic does not take them.
+            out["F"] = np.minimum(objectives(x), np.finfo(float).max)
+
+    class OtherSchemes(Mutation):  # type: ignore[misc]
+        def _do(self, problem: Any, X: Ints, random_state: Any = None, **kwargs: Any) -> Ints:
+            others = random_state.integers(S, size=X.shape)
+            return np.where(random_state.random(X.shape) < 1 / G, others, X)
+
+    class MadeFeasible(Repair):  # type: ignore[misc]
+        def _do(self, problem: Any, X: Ints, random_state: Any = None, **kwargs: Any) -> Ints:
+            return np.array([feasible.repair(x, random_state) for x in X], np.int64)
+
+    run = (GA if count == 1 else NSGA2)(
+        pop_size=len(first),
+        sampling=first,
+        crossover=UniformCrossover(),
+        mutation=OtherSchemes(),
+        repair=MadeFeasible(),
+        eliminate_duplicates=True,
+    )
+    run.setup(Picks(n_var=G, n_obj=count, xl=0, xu=S - 1, vtype=int), termination=("n_gen", generations), seed=seed)
+    survivors = []
+    while run.has_next():
+        run.next()
+        survivors.append(np.array(run.pop.get("X"), np.int64).reshape(-1, G))
+    return survivors
 
 
 def _frontier(problem: Problem) -> Ints:
@@ -145,3 +166,8 @@ def used_shares(problem: Problem, pick: Ints) -> Floats:
     usage = problem.usage(pick)
     limits = (np.maximum(np.abs(c.limit), 1e-300) for c in problem.constraints)
     return np.array([(usage[c.name] / x).max() for c, x in zip(problem.constraints, limits, strict=True)])
+
+
+def with_shares(problem: Problem, picks: Ints, losses: Floats) -> Floats:
+    """Losses and `used_shares` of picks as objectives, ``[K, 1 + C]``."""
+    return np.column_stack([losses, np.array([used_shares(problem, p) for p in picks])])

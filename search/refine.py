@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -13,8 +13,10 @@ from mpq.problem import Ints, Problem
 from mpq.search.feasible import FeasiblePicks, roomiest
 from mpq.search.interaction import Interaction, separable_solver, symmetric
 from mpq.search.local_search import LocalSearch
-from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.residual import ResidualModel
+from mpq.search.measured import Evaluations, MeasuredSearch, Trace
+
+if TYPE_CHECKING:
+    from mpq.search.residual import ResidualModel
 
 _INCUMBENTS = 3  # best measured picks whose neighbours are looked at
 _CANDIDATES, _WORK = 3000, 2e8  # neighbours at most, and times the square of the groups
@@ -82,7 +84,7 @@ class Proposer:
         """
         trace, problem = evaluations.trace, self.problem
         if len(trace):
-            problem = ResidualModel(problem, trace.picks, trace.losses).corrected()
+            problem = _fitted(problem, trace).corrected()
         problems = [problem]
         if problem.interactions is not None and not len(trace):
             problems.append(replace(problem, interactions=0.5 * problem.interactions))
@@ -96,7 +98,7 @@ class Proposer:
         measured, and zero if no candidate is new.
         """
         trace = evaluations.trace
-        model = ResidualModel(self.problem, trace.picks, trace.losses)
+        model = _fitted(self.problem, trace)
         feasible = np.flatnonzero(self._feasible.fits(trace.picks))
         if not len(feasible):
             return math.inf, self.first(evaluations)
@@ -142,6 +144,12 @@ class Proposer:
             found[np.arange(len(moves)), g] = s
         found = found[self._feasible.fits(found)]
         return found if len(found) <= most else self._rng.permutation(found)[:most]
+
+
+def _fitted(problem: Problem, trace: Trace) -> ResidualModel:
+    from mpq.search.residual import ResidualModel  # scipy takes long to import
+
+    return ResidualModel(problem, trace.picks, trace.losses)
 
 
 def _distinct(picks: Ints) -> Ints:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.logs import logarithms, predicted_shares
 
 # Medians and spreads (of the logarithm) of the priors of five scales, in natural logarithms of the loss: the slope of
 # measured against predicted logarithms, less one; the strength of the interactions, less one; a factor for each choice
@@ -17,7 +20,6 @@ _MEDIANS, _SPREADS = np.array([0.1, 0.2, 0.3, 0.5, 0.05]), np.array([1.0, 1.0, 0
 _COMMON = 3  # features that belong to no choice: the common factor, the slope and the interactions
 _OFFSET = 3.0  # scale of the common factor: measured and predicted losses may have different units
 _FEWEST = 3  # losses from which the scales are fitted
-_LEAST_SHARE = 0.1  # a prediction that interactions all but cancel counts as this share of the groups' own losses
 _JITTER = 1e-9
 
 
@@ -41,9 +43,8 @@ class ResidualModel:
     """
 
     def __init__(self, problem: Problem, picks: Ints, losses: Floats) -> None:
-        self._problem, self.logs = problem, _logarithms(losses)
+        self._problem, self.logs = problem, logarithms(losses)
         self._own = np.where(problem.allowed, problem.loss, 0.0)
-        self._floor = 1e-12 * float(np.abs(self._own).sum()) + 1e-300
         self._reference = 0.0
         self._reference = float(self._terms(picks)[0].mean())
         prior, features = self._terms(picks)
@@ -99,19 +100,12 @@ class ResidualModel:
     def _terms(self, picks: Ints) -> tuple[Floats, Floats]:
         """Logarithms of the predictions ``[M]`` and unscaled features ``[M, 3 + 2 * G * S]``."""
         G, S = self._own.shape
-        groups = np.arange(G)
-        own = self._own[groups, picks]
-        shares = own.copy()
-        if self._problem.interactions is not None:
-            for share, pick in zip(shares, picks, strict=True):
-                share += 0.5 * self._problem.interactions[groups[:, None], pick[:, None], groups, pick].sum(1)
-        least = _LEAST_SHARE * np.abs(own).sum(1) + self._floor
-        total = np.maximum(shares.sum(1), least)
+        shares, total = predicted_shares(self._problem, picks)
         prior = np.log(total)
         chosen = np.eye(S)[picks]
         taken = chosen.reshape(len(picks), -1) / np.sqrt(G)
-        shared = (chosen * (shares / total[:, None])[..., None]).reshape(len(picks), -1)
-        paired = (shares - own).sum(1) / total
+        shared = (chosen * shares[..., None]).reshape(len(picks), -1)
+        paired = shares.sum(1) - self._own[np.arange(G), picks].sum(1) / total
         common = np.stack([np.ones(len(picks)), prior - self._reference, paired], 1)
         return prior, np.concatenate([common, taken, shared], 1)
 
@@ -127,31 +121,32 @@ class ResidualModel:
         size = self._own.size
         ends = np.cumsum([1, 1, 1, size])
         offset, *grams = (part @ part.T for part in np.split(features, ends, axis=1))
+        return fit_scales(_OFFSET**2 * offset, grams, self._residual, _MEDIANS, _SPREADS)
 
-        def cost(logs: Floats) -> float:
-            *squares, rest = np.exp(2 * logs)
-            gram = _OFFSET**2 * offset + sum(s * g for s, g in zip(squares, grams, strict=True))
-            factor = np.linalg.cholesky(gram + (rest + _JITTER) * np.eye(len(gram)))
-            fit = solve_triangular(factor, self._residual, lower=True)
-            prior = np.square((logs - np.log(_MEDIANS)) / _SPREADS).sum()
-            return float(0.5 * fit @ fit + np.log(np.diag(factor)).sum() + 0.5 * prior)
 
-        found: Floats = minimize(cost, np.log(_MEDIANS), method="L-BFGS-B", bounds=[(-7.0, 3.0)] * len(_MEDIANS)).x
-        return np.exp(found)
+def fit_scales(known: Floats, grams: Sequence[Floats], target: Floats, medians: Floats, spreads: Floats) -> Floats:
+    """Scales ``[len(grams) + 1]`` of the parts of a Gaussian process and of its noise: the mode of their posterior.
+
+    Args:
+        known: Covariance whose scale is known ``[N, N]``.
+        grams: Covariance of each part at scale 1 ``[N, N]``.
+        target: What is explained ``[N]``.
+        medians: Of the log-normal priors of the scales.
+        spreads: Their standard deviations in natural logarithms.
+    """
+
+    def cost(logs: Floats) -> float:
+        *squares, rest = np.exp(2 * logs)
+        gram = known + sum(s * g for s, g in zip(squares, grams, strict=True))
+        factor = np.linalg.cholesky(gram + (rest + _JITTER) * np.eye(len(gram)))
+        fit = solve_triangular(factor, target, lower=True)
+        prior = np.square((logs - np.log(medians)) / spreads).sum()
+        return float(0.5 * fit @ fit + np.log(np.diag(factor)).sum() + 0.5 * prior)
+
+    found: Floats = minimize(cost, np.log(medians), method="L-BFGS-B", bounds=[(-7.0, 3.0)] * len(medians)).x
+    return np.exp(found)
 
 
 def _gram(features: Floats, rest: float) -> Floats:
     gram: Floats = features @ features.T + (rest**2 + _JITTER) * np.eye(len(features))
     return gram
-
-
-def _logarithms(losses: Floats) -> Floats:
-    finite = losses[np.isfinite(losses)]
-    if not len(finite):
-        return np.zeros(len(losses))
-    low, high = float(finite.min()), float(finite.max())
-    # Losses such as a drop of accuracy may be zero or less: their differences count, those below the shift little.
-    shift = 0.0 if low > 0 else 0.05 * (high - low) - low + 1e-12
-    capped = np.where(np.isfinite(losses), losses, high + abs(high) + shift)
-    logs: Floats = np.log(capped + shift)
-    return logs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpq.problem import Status
-from mpq.search import Evaluations, Genetic, Ledger, Nsga2, OptunaSearch, Refine
+from mpq.search import Evaluations, Genetic, Ledger, Linas, Nsga2, OptunaSearch, Quantune, Refine
 from mpq.testing_search import network_like_problem
 
 LIMIT = 24
@@ -47,7 +47,10 @@ def measured(folder):
     return (folder / "measured.txt").read_text().split()
 
 
-@pytest.mark.parametrize("search", [Refine(least_gain=0.0), Nsga2(population=8), Genetic(population=8)], ids=repr)
+SEARCHES = [Refine(least_gain=0.0), Nsga2(population=8), Genetic(population=8), Quantune(initial=8), Linas(initial=6)]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=repr)
 def test_killed_search_goes_on(search, tmp_path):
     process = start(tmp_path, search, 9)
     process.communicate()
