@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from mpq.errors import MpqError
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -24,3 +27,18 @@ def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return value
 
     return __getattr__
+
+
+def require(modules: tuple[str, ...], extra: str) -> None:
+    """Refuse early what needs packages that are not installed.
+
+    Args:
+        modules: Names to import.
+        extra: The extra of mpq that installs them.
+
+    Raises:
+        MpqError: If one is missing.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MpqError(f"{module} is not installed: pip install 'mpq[{extra}]'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from mpq.errors import BudgetError, DataError, MpqError
 from mpq.problem import Ints, solved
 from mpq.progress import open_bar
 from mpq.search import SEARCHES, Evaluations, Ledger, MeasuredSearch, MeasuredSolution, Solver
+from mpq.space import SearchSpace
 
 _ROWS = 8  # of the trace, in a repr
 
@@ -162,7 +163,7 @@ def search(
             found = smallest_within_drop(analysis, spent, drop, others, solver)
         else:
             analysis.solve(budgets, solver)  # says what is reachable if nothing is
-            found = _find_search(method, seed).search(analysis.problem(budgets), spent)
+            found = _find_search(method, seed, analysis.space).search(analysis.problem(budgets), spent)
     bar.close()
     if found.pick is None:
         raise BudgetError(f"no config was found: {found.message}; allow more evaluations or seconds")
@@ -182,12 +183,14 @@ def _measure(analysis: Analysis, evaluate: Evaluate, accuracy: bool) -> _Measure
     return _EvaluatorMeasure(analysis, evaluate, "kl" if evaluate.classifies else "mse")
 
 
-def _find_search(method: str | MeasuredSearch, seed: int) -> MeasuredSearch:
+def _find_search(method: str | MeasuredSearch, seed: int, space: SearchSpace) -> MeasuredSearch:
     if isinstance(method, MeasuredSearch):
         return method
     if method not in SEARCHES:
         raise MpqError(f"unknown search {method!r}; known: {', '.join(SEARCHES)}")
-    return SEARCHES[method](seed=seed)  # type: ignore[call-arg]
+    known: dict[str, Any] = {"seed": seed, "attributes": space.attributes}
+    search = SEARCHES[method]
+    return search(**{f.name: known[f.name] for f in fields(search) if f.name in known})  # type: ignore[arg-type]
 
 
 def _context(measure: _Measure | _EvaluatorMeasure, about: str) -> str:

@@ -43,6 +43,7 @@ class Cqap(MeasuredSearch):
     seeded: bool = True
     attributes: Attributes | None = None
     name: ClassVar[str] = "cqap"
+    needs: ClassVar[tuple[str, ...]] = ("pymoo",)
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure random picks, learn, evolve, measure the best; see `MeasuredSearch.explore`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mpq._lazy import require
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Floats, Ints, Problem, Solution, Status
 from mpq.search.pareto import undominated
@@ -117,6 +118,7 @@ def hypervolume(points: Floats, reference: Floats) -> float:
     if not len(inside):
         return 0.0
     if points.shape[1] != 2:
+        require(("pymoo",), "search")
         from pymoo.indicators.hv import HV
 
         return float(HV(ref_point=reference)(inside))

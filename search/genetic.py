@@ -35,6 +35,7 @@ class Genetic(MeasuredSearch):
     generations: int = 1000
     seeded: bool = True
     name: ClassVar[str] = "genetic"
+    needs: ClassVar[tuple[str, ...]] = ("pymoo",)
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Evolve picks; see `MeasuredSearch.explore`."""

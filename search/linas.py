@@ -49,6 +49,7 @@ class Linas(MeasuredSearch):
     seeded: bool = True
     attributes: Attributes | None = None
     name: ClassVar[str] = "linas"
+    needs: ClassVar[tuple[str, ...]] = ("pymoo",)
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure, learn, evolve, repeat; see `MeasuredSearch.explore`."""

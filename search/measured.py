@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mpq._lazy import require
 from mpq.problem import Floats, Ints, Problem, Status, infeasible
 from mpq.search.feasible import roomiest
 from mpq.search.ledger import Ledger
@@ -314,9 +315,11 @@ class MeasuredSearch(ABC):
 
     Attributes:
         name: Its name in `mpq.search.SEARCHES`.
+        needs: Packages of the extra ``search`` that it imports.
     """
 
     name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def search(self, problem: Problem, evaluations: Evaluations) -> MeasuredSolution:
         """Search for the feasible pick of the least measured loss.
@@ -330,8 +333,10 @@ class MeasuredSearch(ABC):
             about). Two runs with one seed give the same picks and losses.
 
         Raises:
+            MpqError: If a package that it needs is not installed.
             Exception: What the measurement raises, if it fails before any is finished.
         """
+        require(self.needs, "search")
         started = time.perf_counter()
         if roomiest(problem) is None:
             why, none = infeasible(problem, 0.0, self.name).message, evaluations.trace

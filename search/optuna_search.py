@@ -58,6 +58,7 @@ class OptunaSearch(MeasuredSearch):
     storage: str | None = None
     study: str = "mpq"
     name: ClassVar[str] = "optuna"
+    needs: ClassVar[tuple[str, ...]] = ("optuna",)
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Ask for trials, measure and tell; see `MeasuredSearch.explore`."""

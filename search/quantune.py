@@ -47,6 +47,7 @@ class Quantune(MeasuredSearch):
     seeded: bool = True
     earlier: tuple[EarlierStudy, ...] = ()
     name: ClassVar[str] = "quantune"
+    needs: ClassVar[tuple[str, ...]] = ("xgboost", "pymoo")
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure, learn, repeat; see `MeasuredSearch.explore`."""
