@@ -110,7 +110,7 @@ def _anchors(
 ) -> tuple[Ints, Floats, Recalibration]:
     """Measured configs ``[K, G]``, their losses ``[K]``, and the fit to them."""
     assert table.interactions is not None
-    model = Recalibrator(table.loss, table.interactions, truth.ceiling)
+    model = Recalibrator(table.loss, table.interactions, truth.ceiling, _shared(space))
     picks, losses = np.zeros((0, len(space.groups)), np.int64), np.zeros(0)
 
     def fit() -> Recalibration:
@@ -131,6 +131,15 @@ def _anchors(
         losses = np.append(losses, truth.rise(pick))
         picks = np.concatenate([picks, pick[None]])
     return picks, losses, fit()
+
+
+def _shared(space: SearchSpace) -> list[list[int]]:
+    """Number of each scheme's weight and activation format, if both differ between schemes ``[2, S]`` or none."""
+    found = []
+    for formats in ([s.weight for s in space.schemes], [s.activation for s in space.schemes]):
+        known = list(dict.fromkeys(formats))
+        found.append([known.index(f) for f in formats])
+    return found if all(1 < len(set(f)) < len(space.schemes) for f in found) else []
 
 
 def _corrected(table: SensitivityTable, fit: Recalibration) -> SensitivityTable:

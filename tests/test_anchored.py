@@ -67,6 +67,18 @@ def test_perfect_predictions_are_hardly_changed():
     assert fit.error < 0.01
 
 
+def test_what_schemes_share_is_learnt_from_some_of_them():
+    """Group 0 loses more with the second feature; no measured config has its scheme 2, which has it, too."""
+    rng = np.random.default_rng(5)
+    loss, none = np.full((G, S), 0.1), np.zeros((G, S, G, S))
+    picks = rng.integers(0, S, (40, G))
+    picks[:, 0] %= 2
+    measured = np.where(picks[:, 0] == 1, 0.5, 0.4)
+    shared, alone = (Recalibrator(loss, none, 100.0, f).fit(picks, measured) for f in ([[0, 1, 1]], []))
+    assert shared.correction[0, 2] - shared.correction[0, 0] > 0.25
+    assert alone.correction[0, 2] - alone.correction[0, 0] < 0.1
+
+
 def test_informative_configs_are_those_of_the_greedy_posterior():
     table = table_of(np.random.default_rng(2))
     model, picks = model_of(table), every_pick()
