@@ -225,6 +225,8 @@ def test_descent_ends_where_no_change_of_one_or_two_groups_helps(chunk, monkeypa
 
 def highs_on_the_exact_linearization(problem, seconds):
     file = Path(__file__).parents[1] / "benchmarks" / "solver_baselines.py"
+    if not file.is_file():
+        pytest.skip("needs the checkout, not only the wheel")
     spec = importlib.util.spec_from_file_location("solver_baselines", file)
     baselines = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(baselines)
