@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -87,16 +88,23 @@ class Truth:
         table = np.load(SHARED / "reference" / "tabular" / "plain8.npz")
         return cls(table["kl"].astype(float), (table["params"][:, None] * table["bits"]).astype(float))
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def size(self) -> Floats:
+        """Bits of every config, in the order of `flat`."""
         G, S = self.cost.shape
         picks = np.array(list(itertools.product(range(S), repeat=G)))
-        object.__setattr__(self, "size", self.cost[np.arange(G), picks].sum(1))
-        object.__setattr__(self, "flat", self.loss.ravel())
-        object.__setattr__(self, "span", float(np.log(self.loss.max() / self.loss.min())))
+        found: Floats = self.cost[np.arange(G), picks].sum(1)
+        return found
 
-    size: Floats = None  # type: ignore[assignment]
-    flat: Floats = None  # type: ignore[assignment]
-    span: float = 0.0
+    @cached_property
+    def flat(self) -> Floats:
+        """Losses of all configs."""
+        return self.loss.ravel()
+
+    @cached_property
+    def span(self) -> float:
+        """Range of the logarithm of the losses."""
+        return float(np.log(self.loss.max() / self.loss.min()))
 
     def measure(self, pick: Ints) -> float:
         """Look up a loss."""

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,10 @@ def run_knapsack(sizes: list[int], limit: float) -> dict[str, Any]:
     for G in sizes:
         for S in (3, 6):
             problem = instance(G, S)
-            seconds, ours = timed(lambda: Knapsack().solve(problem))  # noqa: B023
+            seconds, ours = timed(partial(Knapsack().solve, problem))
             rows = {"knapsack": (seconds, ours.objective, ours.status is Status.OPTIMAL)}
             for name, solve in baselines(G).items():
-                spent, (objective, proven, *_) = timed(lambda: solve(problem, limit), 3)  # noqa: B023
+                spent, (objective, proven, *_) = timed(partial(solve, problem, limit), 3)
                 rows[name] = spent, objective, proven
             best = min(r[1] for r in rows.values())
             for name, row in rows.items():
@@ -168,8 +169,8 @@ def run_several(sizes: list[int], limit: float, seeds: int) -> dict[str, Any]:
             for seed in range(seeds):
                 problem = instance(G, 6, rows, seed, 0.4 if seed % 2 == 0 else 0.15)
                 quick = gap_below(problem, 1e-4, [1.0, 15.0])
-                seconds, ours = timed(lambda: Ilp(time_limit=limit).solve(problem), 3)  # noqa: B023
-                spent, (objective, proven) = timed(lambda: by_highs(problem, limit), 3)  # noqa: B023
+                seconds, ours = timed(partial(Ilp(time_limit=limit).solve, problem), 3)
+                spent, (objective, proven) = timed(partial(by_highs, problem, limit), 3)
                 best = min(ours.objective, objective)
                 label = f"{G:>9,} x 6, {rows} rows, seed {seed}"
                 note = f"gap {ours.gap:.1e}; below 1e-4 in {quick[0]:.2f} s"
@@ -194,9 +195,9 @@ def run_interactions(G: int, seeds: int, limit: float) -> dict[str, Any]:
     for seed in range(seeds):
         problem = interacting(G, 5, seed)
         wall = time.perf_counter()
-        seconds, ours = timed(lambda: Interaction(time_limit=5).solve(problem), 1)  # noqa: B023
+        seconds, ours = timed(partial(Interaction(time_limit=5).solve, problem), 1)
         results["longest"] = max(results["longest"], time.perf_counter() - wall)
-        spent, (objective, proven) = timed(lambda: linearized_by_highs(problem, limit), 1)  # noqa: B023
+        spent, (objective, proven) = timed(partial(linearized_by_highs, problem, limit), 1)
         best = min(ours.objective, objective)
         note = f"gap {ours.gap:.3f}"
         show(f"{G} x 5, seed {seed} interaction", seconds, ours.objective, ours.gap == 0, best, note)
@@ -207,8 +208,8 @@ def run_interactions(G: int, seeds: int, limit: float) -> dict[str, Any]:
     equal = True
     for seed in range(2):
         problem = interacting(10, 4, seed)
-        _, all_picks = timed(lambda: Exhaustive().solve(problem), 1)  # noqa: B023
-        seconds, ours = timed(lambda: Interaction(time_limit=5).solve(problem), 1)  # noqa: B023
+        _, all_picks = timed(partial(Exhaustive().solve, problem), 1)
+        seconds, ours = timed(partial(Interaction(time_limit=5).solve, problem), 1)
         equal &= bool(ours.status is Status.OPTIMAL and (ours.pick == all_picks.pick).all())
         show(f"4^10, seed {seed} interaction", seconds, ours.objective, ours.gap == 0, all_picks.objective)
     return {**results, "equal_to_all_picks": equal}

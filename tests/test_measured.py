@@ -1,6 +1,8 @@
+"""The contract of searches that measure, for each of them; Quantune, CQAP and LINAS have files of their own."""
+
 import pytest
 
-from mpq.search import Genetic, Nsga2, OptunaSearch, RandomSearch, Refine, Sweep
+from mpq.search import SEARCHES, Genetic, Nsga2, OptunaSearch, RandomSearch, Refine, Sweep
 from mpq.testing_search import SearchContract
 
 
@@ -41,3 +43,7 @@ class TestSweep(SearchContract):
     @pytest.fixture
     def search(self):
         return Sweep(points=4)
+
+
+def test_searches_are_listed_under_their_own_names():
+    assert {name: search.name for name, search in SEARCHES.items()} == {name: name for name in SEARCHES}
