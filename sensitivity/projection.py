@@ -60,25 +60,26 @@ def effects(
         return found, len(gradient) * sum(1 if a is None else 2 for a in formats)
     exact = tensors_in(bank.run(layer, None, inputs))[which]
     rounded_inputs = {a: bank.inputs(layer, a, inputs) for a in formats}
+    rows = 1 if layout == MIXED else samples
+    flat_gradient = _by_row(gradient, exact, rows, layout)
     columns = []
     for scheme in schemes:
         rounded = tensors_in(bank.run(layer, scheme.weight, rounded_inputs[scheme.activation]))[which]
-        columns.append(_inner_products(gradient, rounded - exact, samples, layout))
-    return torch.stack(columns, -1), len(schemes) + 1
+        error = _by_row(rounded.sub_(exact)[None], exact, rows, layout)[0]
+        columns.append(torch.einsum("krd,rd->rk", flat_gradient, error).double().cpu())
+    found = torch.stack(columns, -1)
+    # An output of the whole batch has one sum, spread evenly: the squares of the rows add up to the square of the sum,
+    # which has the right expectation because the probes of different samples have independent signs.
+    return (found.expand(samples, -1, -1) / samples**0.5 if rows < samples else found), len(schemes) + 1
 
 
-def _inner_products(gradient: Tensor, error: Tensor, samples: int, layout: Layout) -> Tensor:
-    """Inner products of gradient ``[D, ...]`` and error ``[...]`` by sample ``[samples, D]``.
-
-    Where the output belongs to the whole batch, its sum is spread evenly: the squares of the rows add up to the square
-    of the sum, which has the right expectation because the probes of different samples have independent signs.
-    """
+def _by_row(values: Tensor, like: Tensor, rows: int, layout: Layout) -> Tensor:
+    """Values ``[D, ...]`` at an output as ``[D, rows, elements]``, in the order that the output has in memory."""
     if layout[0] == "second":
-        gradient, error = gradient.transpose(1, 2), error.transpose(0, 1)
-    rows = 1 if layout == MIXED else samples
-    products = torch.einsum("krd,rd->rk", gradient.reshape(len(gradient), rows, -1), error.reshape(rows, -1))
-    products = products.double().cpu()
-    return products.expand(samples, -1) / samples**0.5 if rows < samples else products
+        values = values.transpose(1, 2)
+    elif like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        values = values.movedim(2, -1)
+    return values.reshape(len(values), rows, -1)
 
 
 def _weight_gradients(module: nn.Module, inputs: Inputs, gradient: Tensor, layout: Layout) -> WeightGradients | None:
