@@ -156,7 +156,7 @@ def devices() -> None:
 
     table = Table("device", "description", "kernels (weight x activation)", "source")
     for device in all_devices().values():
-        table.add_row(device.name, device.description, device.kernel_names(), device.source)
+        table.add_row(device.name, device.description, device.kernel_names(), "; ".join(device.sources.values()))
     console.print(table)
 
 

@@ -72,7 +72,7 @@ def test_tied_weights_are_stored_once():
 
 def test_devices_have_sources_and_limit_schemes():
     assert {"generic", "t4"} <= set(all_devices())
-    assert all(d.source and d.description for d in all_devices().values())
+    assert all(d.sources and d.description for d in all_devices().values())
     net = nn.Sequential(nn.Linear(4, 4))
     with pytest.warns(UserWarning, match="left out, without a kernel on t4: W4A8; it runs int4 x int4"):
         analysis = mpq.analyze(net, torch.randn(4, 4), "W4A8,W8A8,W4A4", device="t4", progress=False)
