@@ -150,14 +150,13 @@ def compare(
 
 
 @app.command()
-def devices() -> None:
-    """List the device profiles: what each can run, and where the figures come from."""
-    from mpq.cost_models.devices import all_devices
+def devices(
+    name: Annotated[str | None, typer.Argument(help="Name or .json file of one profile: explain it.")] = None,
+) -> None:
+    """List the device profiles, or explain one: kernels, figures, and where each figure comes from."""
+    from mpq.devices_cli import show_devices
 
-    table = Table("device", "description", "kernels (weight x activation)", "source")
-    for device in all_devices().values():
-        table.add_row(device.name, device.description, device.kernel_names(), "; ".join(device.sources.values()))
-    console.print(table)
+    show_devices(console, name)
 
 
 def _split_pin(text: str) -> tuple[str, str]:
