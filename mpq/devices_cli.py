@@ -39,7 +39,7 @@ def _explained(device: Device) -> Group:
     for name, text in device.sources.items():
         sources.add_row(escape(name), escape(text))
     head = f"[bold]{device.name}[/bold] ({device.kind}): {escape(device.description)}"
-    parts = [
+    parts: list[str | Table] = [
         f"Tensors that stay float are {device.float_format}.",
         *(t for t, shown in ((kernels, device.kernels), (memory, device.memory), (figures, device.figures)) if shown),
         sources,
