@@ -17,10 +17,10 @@ from mpq.quantizers.formats import Scheme
 def fusion_factor(
     weight_bits: ArrayLike, activation_bits: ArrayLike, unit_bits: int = 8, brick_bits: int = 2
 ) -> Floats:
-    """Products that one fusion unit does in a cycle (Sharma et al., 2018, section 3; their simulator's ``perf_factor``).
+    """Products that one fusion unit does in a cycle (Sharma et al., 2018; ``perf_factor`` in their simulator).
 
-    A unit multiplies two operands of ``unit_bits``; it is made of bricks of ``brick_bits``, which fuse for the operands
-    at hand: ``floor(unit / max(w, brick)) * floor(unit / max(a, brick))``.
+    A unit multiplies two operands of ``unit_bits``; it is made of bricks of ``brick_bits``, which fuse for the
+    operands at hand: ``floor(unit / max(w, brick)) * floor(unit / max(a, brick))``.
     """
     per_operand = [unit_bits // np.maximum(np.asarray(b), brick_bits) for b in (weight_bits, activation_bits)]
     return np.asarray(per_operand[0] * per_operand[1], np.float64)
@@ -30,8 +30,8 @@ def array_cycles(work: Workload, schemes: Sequence[Scheme], device: Device) -> F
     """Cycles of the arithmetic of each scheme of each layer ``[L, S]``, all calls.
 
     The array does ``positions`` output positions x ``columns`` output channels x ``depth`` products a cycle; what does
-    not fill it is padded. Channel groups (depthwise convolutions) are merged into dense, block-diagonal blocks up to the
-    width of the array: a depthwise layer has one output for each channel, so all columns but one would idle otherwise.
+    not fill it is padded. Channel groups (depthwise convolutions) are merged into dense, block-diagonal blocks up to
+    the width of the array: a depthwise layer has one output for each channel, so all columns but one would idle.
 
     - ``serial``: a cycle takes one bit of the weights and one of the activations, so that time is the product of both.
     - ``fused``: `fusion_factor` times as many products at a time.

@@ -19,18 +19,18 @@ from mpq.quantizers.formats import Scheme
 
 RESOURCES = ("luts", "dsps", "bram18", "urams")
 _WEIGHTS_IN = ("luts", "bram18", "urams")
-_PRICE_ROUNDS = 12
+_PRICE_ROUNDS, _PRICE_STEP = 60, 0.2
 
 
 def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> LayerTimes:
     """Each layer's part of the pipeline's interval, the time between two results.
 
     All units of a dataflow pipeline run at once, so a layer has no time of its own: what it takes is area. A balanced
-    pipeline gives each layer the share ``f`` of the device for which ``macs / (f x rate)`` is the same for all, where
-    ``rate`` is what the whole device would reach in the layer's formats; the shares sum to one, so this interval is
-    ``sum(macs / rate)``. A layer's part, ``macs / rate``, is what this gives: parts add up, and a format that needs half
-    the area for a product halves it. Units that don't divide evenly and their fixed cost come on top: `pipeline` gives
-    the folding of a whole config, and says whether its weights fit on the chip.
+    pipeline gives each layer the share ``f`` of the device for which ``macs / (f * rate)`` is the same for all, where
+    ``rate`` is what the whole device would reach in the layer's formats; the shares sum to one, so the interval is
+    ``sum(macs / rate)``. A layer's part, ``macs / rate``, is what this gives: parts add up, and a format that needs
+    half the area for a product halves it. Units that don't divide evenly and their fixed cost come on top: `pipeline`
+    gives the folding of a whole config, and says whether its weights fit on the chip.
 
     The rate puts products into DSP blocks (packed, see `dsp_packing`) as long as there are any, the rest into look-up
     tables; adders take look-up tables in both cases. Weights and activations stay on the chip; rows of embeddings come
@@ -56,7 +56,7 @@ def usable(device: Device) -> dict[str, float]:
 def dsp_packing(weight_bits: ArrayLike, activation_bits: ArrayLike, device: Device) -> Floats:
     """Products that one DSP block does in a cycle: several of few bits that share an operand."""
     widest, packing = np.maximum(weight_bits, activation_bits), device.figures["dsp_packing"]
-    return np.select([widest <= 4, widest <= 8], [packing["4"], packing["8"]], 1).astype(np.float64)
+    return np.asarray(np.select([widest <= 4, widest <= 8], [packing["4"], packing["8"]], 1), np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +167,7 @@ def _fit(
         use = np.sum([s[i] for s, i in zip(shares, picks, strict=True)], axis=0)
         if (use <= 1).all():
             return [i + k for i, k in zip(starts, picks, strict=True)], {}
-        prices = prices * np.maximum(use, 1e-3)
-        prices = prices / prices.max()
+        prices = prices * np.exp(_PRICE_STEP * (np.minimum(use, 3) - 1))
     return None, dict(zip(RESOURCES, use.tolist(), strict=True))
 
 
@@ -203,7 +202,8 @@ def _all_foldings(depth: int, columns: int, positions: float, w: float, a: float
 
 def _divisors(n: int) -> Ints:
     numbers = np.arange(1, n + 1)
-    return numbers[n % numbers == 0]
+    found: Ints = numbers[n % numbers == 0]
+    return found
 
 
 def _bits(schemes: Sequence[Scheme]) -> tuple[Floats, Floats]:
