@@ -1,6 +1,6 @@
 """Cost models of FPGAs, accelerators and energy, held against figures that others published.
 
-Nothing here is fitted: formulas and figures come from the sources that the device profiles name. Reference data are read
+Nothing is fitted: formulas and figures are those of the sources that the profiles name. Reference data are read
 from ``../shared/reference`` (or ``$MPQ_SHARED/reference``).
 """
 

@@ -12,9 +12,13 @@ from mpq.quantizers.formats import Scheme
 from mpq.space import SearchSpace
 
 
-def group_bytes(group: LayerGroup, scheme: Scheme) -> int:
-    """Bytes of a group under a scheme: tied weights once, each tensor in whole bytes, activation scales included."""
-    weights = {x.storage: math.ceil(scheme.weight.storage_bits(x.rows_shape) / 8) for x in group.layers}
+def group_bytes(group: LayerGroup, scheme: Scheme, alignment: int = 1) -> int:
+    """Bytes of a group under a scheme: tied weights once, each tensor in whole bytes, activation scales included.
+
+    A weight with its scales is rounded up to a multiple of the alignment.
+    """
+    bits = {x.storage: scheme.weight.storage_bits(x.rows_shape) for x in group.layers}
+    weights = {storage: math.ceil(n / (8 * alignment)) * alignment for storage, n in bits.items()}
     act = scheme.activation
     if act is None:
         return sum(weights.values())
