@@ -56,12 +56,12 @@ class LayerEnergy:
 
 
 def layer_energy(work: Workload, schemes: Sequence[Scheme], device: Device) -> LayerEnergy:
-    """Energy of each layer under each scheme, in a 45 nm process whatever the device (see `mpq.cost_models.operations`).
+    """Energy of each layer under each scheme, in a 45 nm process whatever the device (`mpq.cost_models.operations`).
 
-    Of the device it takes only the format of what stays float and the size of its on-chip memory: an input or
-    output that fits there stays there. An output is written in the layer's activation format, which stands for that of the
-    next layer. Leakage, control and the registers within an array are not counted: relations between schemes are meant,
-    not watts.
+    Of the device it takes only the format of what stays float and the size of its on-chip memory: an input or output
+    that fits there stays there. An output is written in the layer's activation format, which stands for that of the
+    next layer. Leakage, control and the registers within an array are not counted: what is meant is how schemes
+    compare, not watts.
 
     Raises:
         BudgetError: If a format has no energy.

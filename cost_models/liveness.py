@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpq.layers import LayerGraph
@@ -38,22 +38,40 @@ def tensors(graph: LayerGraph) -> tuple[Tensor, ...]:
     for i, layer in enumerate(graph.layers):
         if layer.source is not None:
             readers.setdefault(layer.source, []).append(i)
-    made_of = {
-        source: frozenset(index[p] for i in found for p in graph.dataflow.predecessors(graph.layers[i].name))
-        for source, found in readers.items()
-    }
-    # Recurrent calls give edges from later layers; a tensor is made of what runs before its first reader.
-    made_of = {s: frozenset(p for p in parts if p < readers[s][0]) for s, parts in made_of.items()}
-    found = []
-    for source, parts in made_of.items():
-        carried = _carried(parts, made_of)
-        heir = min((max(later) for later in made_of.values() if parts and parts < later), default=-1)
-        pieces = tuple(sorted(parts - carried))
-        last = max(*readers[source], heir)
-        found.append(Tensor(tuple(readers[source]), pieces, max(parts, default=-1), last))
-    return tuple(found)
+    made_of = []
+    for found in readers.values():
+        before = {index[p] for i in found for p in graph.dataflow.predecessors(graph.layers[i].name)}
+        # Recurrent calls give edges from later layers; a tensor is made of what runs before its first reader.
+        made_of.append(frozenset(p for p in before if p < found[0]))
+    heirs = _heirs(made_of)
+    carried: dict[int, set[int]] = {}
+    for t, parts in enumerate(made_of):
+        for heir in heirs[t]:
+            carried.setdefault(heir, set()).update(parts)
+    return tuple(
+        Tensor(
+            tuple(found),
+            tuple(sorted(parts - carried.get(t, set()))),
+            max(parts, default=-1),
+            max(found + [max(made_of[h]) for h in heirs[t]]),
+        )
+        for t, (found, parts) in enumerate(zip(readers.values(), made_of, strict=True))
+    )
 
 
-def _carried(parts: frozenset[int], made_of: Mapping[int, frozenset[int]]) -> frozenset[int]:
-    """Layers whose outputs come in an earlier tensor that is a part of this one."""
-    return frozenset().union(*(earlier for earlier in made_of.values() if earlier < parts))
+def _heirs(made_of: Sequence[frozenset[int]]) -> list[list[int]]:
+    """For each tensor those that it is carried into: made of all that it is and more, with none between."""
+    masks = [sum(1 << p for p in parts) for parts in made_of]
+    holding: dict[int, list[int]] = {}
+    for t in sorted(range(len(made_of)), key=lambda t: (max(made_of[t], default=-1), len(made_of[t]))):
+        for p in made_of[t]:
+            holding.setdefault(p, []).append(t)
+    heirs: list[list[int]] = []
+    for t, parts in enumerate(made_of):
+        found: list[int] = []
+        for other in holding.get(max(parts, default=-1), []):
+            larger = masks[other] != masks[t] and masks[other] & masks[t] == masks[t]
+            if larger and not any(masks[other] & masks[h] == masks[h] for h in found):
+                found.append(other)
+        heirs.append(found)
+    return heirs

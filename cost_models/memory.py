@@ -55,13 +55,14 @@ def _active_shares(space: SearchSpace) -> Floats:
 
 
 def peak_memory(space: SearchSpace) -> Cost:
-    """Bytes of activations at the worst moment, at the device's batch size: one row for each step that can be the worst.
+    """Bytes of activations at the worst moment, at the device's batch size.
 
-    At a step the layer's input and output are there and every tensor that a later step needs (see
-    `mpq.cost_models.liveness`). A tensor is kept in the activation format of its readers, also where a shortcut
-    carries it on; what nobody reads stays float. The approximation: element-wise operations work in place, their
-    operands all there at once; what layers do inside (attention scores, im2col) and key-value caches are not counted.
-    Rows that can't be the largest under any pick are left out.
+    There is one row for each step that can be the worst. At a step the layer's input and output are there and every
+    tensor that a later step needs (see `mpq.cost_models.liveness`). A tensor is kept in the activation format of its
+    readers, also where a shortcut carries it on; what nobody reads stays float.
+
+    The approximation: element-wise operations work in place, with all their operands there at once; what layers do
+    inside (attention scores, im2col) and key-value caches are not counted.
     """
     elements, fixed, widths = _live(space)
     bits = np.array([s.activation.bits if s.activation else 0 for s in space.schemes], np.float64)
@@ -84,9 +85,10 @@ def _live(space: SearchSpace) -> tuple[csr_array, Floats, Floats]:
     fixed = np.zeros(steps)
     entries: dict[tuple[int, int], float] = defaultdict(float)
     read: set[int] = set()
-    for t in tensors(graph):
+    for t in sorted(tensors(graph), key=lambda t: -t.ready):
+        # An output that several tensors are made of is there once, until the last of them is complete.
+        spans = [(p, t.ready, work.outputs[p]) for p in t.pieces if p not in read]
         read.update(t.pieces)
-        spans = [(p, t.ready, work.outputs[p]) for p in t.pieces]
         spans.append((t.ready + 1, t.last, work.inputs[t.readers[0]]))
         owner = next((group_of[graph.layers[i].name] for i in t.readers if graph.layers[i].name in group_of), None)
         for first, last, count in spans:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mpq.errors import BudgetError
 from mpq.problem import Constraint, Floats
 from mpq.space import SearchSpace
 from mpq.units import show
@@ -40,6 +41,15 @@ class Cost:
     def rows(self) -> Floats:
         """``[G, S, R]``."""
         return self.cost[..., None] if self.cost.ndim == 2 else self.cost
+
+    def require_sum(self) -> None:
+        """Check that the metric is a plain sum.
+
+        Raises:
+            BudgetError: If it is the largest of several rows, which can be limited, but not minimized here.
+        """
+        if self.rows.shape[2] > 1:
+            raise BudgetError(f"{self.name} is the largest of {self.rows.shape[2]} sums; set a budget for it instead")
 
     def total(self, pick: ArrayLike) -> float:
         """The metric of a pick ``[G]``."""

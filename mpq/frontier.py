@@ -132,7 +132,11 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
         analysis: What is known of the model.
         cost: The cost on the horizontal axis.
         max_points: Thin a longer frontier to about this many points; the points of its hull all stay.
+
+    Raises:
+        BudgetError: If the cost is the largest of several rows.
     """
+    cost.require_sum()
     problem = analysis.problem()
     hull = convex_frontier(problem.loss, cost.cost)
     found = exact_frontier(problem.loss, cost.cost) or hull
