@@ -77,8 +77,8 @@ def conversions(space: SearchSpace, launch: float = 0.0) -> PairCosts:
             g = None if p is None else _writer(graph.layers[p], group_of)
             elements = work.inputs[t.readers[0]] if p is None else work.outputs[p]
             for h in readers:
-                sides = [[plain] * S if group is None else formats for group in (g, h)]
-                seconds = _passes(*sides, elements, launch, device)
+                written, read = ([plain] * S if group is None else formats for group in (g, h))
+                seconds = _passes(written, read, elements, launch, device)
                 if g is not None and h is not None and g != h:
                     found[min(g, h), max(g, h)] += seconds if g < h else seconds.T
                 elif g is None and h is not None:
