@@ -66,7 +66,8 @@ def haq_rank() -> list[Row]:
         score = float(spearmanr(found.ravel(), cycles.ravel()).statistic)
         ratio = float(np.median(found / cycles))
         text = f"{found.size:,} entries, median {ratio:.2f} x the cycles"
-        rows.append(Row(f"HAQ MobileNetV2 table, {name}, Spearman", text, "simulator", score, ">= 0.9", score >= 0.9))
+        title = f"HAQ MobileNetV2 table, {name}, Spearman"
+        rows.append(Row(title, text, "simulator; BitOps: 0.165", score, ">= 0.9", score >= 0.9))
     return rows
 
 
@@ -75,10 +76,12 @@ def haq_depthwise() -> list[Row]:
     work, cycles = haq()
     schemes = [Scheme.parse(f"W{w}A{a}") for w in BITS for a in BITS]
     found = layer_times(work, schemes, find_device("haq-cloud")).total
-    shapes = [x[work.depthwise] / x[work.depthwise][:, -1:] for x in (found, cycles)]
-    score = float(np.abs(shapes[0] - shapes[1]).max())
-    text = [f"W8A4 {x[:, 59].mean():.3f}, W4A8 {x[:, 31].mean():.3f} of W8A8" for x in shapes]
-    return [Row("HAQ depthwise layers, largest error relative to W8A8", *text, score, "<= 0.2", score <= 0.2)]
+    shares = [(x / x[:, -1:])[work.depthwise] for x in (found, cycles)]
+    means = [np.array([x[:, 59].mean(), x[:, 31].mean()]) for x in shares]
+    score = float(np.abs(means[0] - means[1]).max())
+    text = [f"W8A4 {m[0]:.3f}, W4A8 {m[1]:.3f} of W8A8" for m in means]
+    text[0] += f"; single entries off by up to {np.abs(shares[0] - shares[1]).max():.2f}"
+    return [Row("HAQ depthwise layers, mean share of W8A8", *text, score, "<= 0.05", score <= 0.05)]
 
 
 def bit_fusion() -> list[Row]:
@@ -96,7 +99,7 @@ def energies() -> list[Row]:
     pairs = {
         **{f"int{b} product": (int_multiply(b), e[0]["int_mult"][str(b)]) for b in (8, 32)},
         "int32 sum": (int_add(32), e[0]["int_add"]["32"]),
-        "int8 sum": (int_add(8), e[1]["check"]["add8"]),
+        "int8 sum (Horowitz: 0.03)": (int_add(8), e[1]["check"]["add8"]),
         "fp16 product": (float_multiply(5, 10), e[0]["fp_mult"]["16"]),
         "fp32 product": (float_multiply(8, 23), e[0]["fp_mult"]["32"]),
         "fp16 sum": (float_add(16), e[0]["fp_add"]["16"]),
