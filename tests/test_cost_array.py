@@ -47,7 +47,9 @@ def fidelity():
     del sys.modules[spec.name]
 
 
-@pytest.mark.parametrize("name", ["HAQ table", "HAQ depthwise layers", "Bit Fusion", "FINN units"])
+@pytest.mark.parametrize(
+    "name", ["HAQ table", "HAQ depthwise layers", "Bit Fusion", "Horowitz and QKeras energies", "FINN units"]
+)
 def test_published_figures(fidelity, name):
     if not (fidelity.SHARED / "reference").is_dir():
         pytest.skip("no reference figures in ../shared")
