@@ -69,6 +69,8 @@ def conversions(space: SearchSpace, launch: float = 0.0) -> PairCosts:
     work = make_workload(graph.layers, device.setting)
     plain = NumberFormat.parse(device.float_format)
     formats = [s.activation or plain for s in space.schemes]
+    sides = {True: [plain] * S, False: formats}
+    passes = {(a, b): _Passes(sides[a], sides[b], launch, device) for a in sides for b in sides}
     found: dict[tuple[int, int], Floats] = defaultdict(lambda: np.zeros((S, S)))
     own = np.zeros((G, S))
     for t in tensors(graph):
@@ -77,8 +79,7 @@ def conversions(space: SearchSpace, launch: float = 0.0) -> PairCosts:
             g = None if p is None else _writer(graph.layers[p], group_of)
             elements = work.inputs[t.readers[0]] if p is None else work.outputs[p]
             for h in readers:
-                written, read = ([plain] * S if group is None else formats for group in (g, h))
-                seconds = _passes(written, read, elements, launch, device)
+                seconds = passes[g is None, h is None].seconds(elements)
                 if g is not None and h is not None and g != h:
                     found[min(g, h), max(g, h)] += seconds if g < h else seconds.T
                 elif g is None and h is not None:
@@ -98,15 +99,18 @@ def _writer(layer: LayerSpec, group_of: Mapping[str, int]) -> int | None:
     return None if layer.source is None else group_of.get(layer.name)
 
 
-def _passes(
-    written: Sequence[NumberFormat],
-    read: Sequence[NumberFormat],
-    elements: float,
-    launch: float,
-    device: Device,
-) -> Floats:
-    """Seconds of turning a tensor from each format into each other ``[S, S]``."""
-    have, want = (np.array([f.bits for f in side], np.float64) for side in (written, read))
-    differs = np.array([[a != b for b in read] for a in written])
-    seconds = launch + elements * (have[:, None] + want) / (8 * device.memory[-1].bandwidth)
-    return np.where(differs, seconds, 0.0)
+class _Passes:
+    """Turning a tensor from each format into each other ``[S, S]``."""
+
+    def __init__(
+        self, written: Sequence[NumberFormat], read: Sequence[NumberFormat], launch: float, device: Device
+    ) -> None:
+        differs = np.array([[a != b for b in read] for a in written])
+        bits = np.add.outer([a.bits for a in written], [b.bits for b in read])
+        self._launch = np.where(differs, launch, 0.0)
+        self._element = np.where(differs, bits / (8 * device.memory[-1].bandwidth), 0.0)
+
+    def seconds(self, elements: float) -> Floats:
+        """For a tensor of some size."""
+        found: Floats = self._launch + elements * self._element
+        return found

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from mpq.cost_models.liveness import tensors
-from mpq.cost_models.size import group_bytes
+from mpq.cost_models.size import stored_bytes, whole_model
 from mpq.cost_models.table import Cost
 from mpq.cost_models.workload import make_workload
 from mpq.problem import Floats
@@ -20,11 +20,7 @@ _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 def resident_bytes(space: SearchSpace) -> Cost:
     """Bytes of all parameters on the device: `size`, with each tensor rounded up to the device's alignment."""
-    align = space.device.alignment
-    cost = np.array([[group_bytes(g, s, align) for s in space.schemes] for g in space.groups], np.float64)
-    searched = {x.storage: x.parameters * x.element_bits // 8 for x in space.layers}
-    total = space.graph.float_size_bytes
-    return Cost("resident_bytes", "bytes", cost, total - sum(searched.values()), 1.0, total)
+    return whole_model(space, "resident_bytes", stored_bytes(space, space.device.alignment))
 
 
 def active_bytes(space: SearchSpace) -> Cost:
@@ -34,15 +30,11 @@ def active_bytes(space: SearchSpace) -> Cost:
     Experts that the calibration data never reached are not in the graph. Skipped layers are left out, as in `bit_ops`.
     """
     shares = dict(zip((x.name for x in space.layers), _active_shares(space), strict=True))
-    cost, reference = [], 0.0
-    for g in space.groups:
-        share: dict[int, float] = defaultdict(float)  # tied weights: each use reads its own share
-        for x in g.layers:
-            share[x.storage] += shares[x.name]
-        part = sum(share.values()) / len(share)
-        cost.append([group_bytes(g, s) * part for s in space.schemes])
-        reference += sum(shares[x.name] * x.parameters * x.element_bits / 8 for x in g.layers)
-    return Cost("active_bytes", "bytes", np.array(cost, np.float64), 0.0, 1.0, reference)
+    # Tied weights are stored once, and each of their layers reads its own share of them.
+    parts = [sum(shares[x.name] * x.parameters for x in g.layers) / g.parameters for g in space.groups]
+    cost = stored_bytes(space) * np.array(parts)[:, None]
+    reference = sum(shares[x.name] * x.parameters * x.element_bits / 8 for x in space.layers)
+    return Cost("active_bytes", "bytes", cost, 0.0, 1.0, reference)
 
 
 def _active_shares(space: SearchSpace) -> Floats:

@@ -7,13 +7,17 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import mpq
 from mpq.cost_models import all_devices, find_device
 from mpq.cost_models import finn as unit
 from mpq.cost_models.devices import load_device
 from mpq.cost_models.fpga import RESOURCES, dsp_packing, layer_times, pipeline, usable
+from mpq.cost_models.latency import latency
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError
 from mpq.layers import LayerSpec
@@ -189,6 +193,16 @@ def test_ten_thousand_layers_are_quick():
     start = time.perf_counter()
     layer_times(work, schemes, find_device("zcu102"))
     assert time.perf_counter() - start < 1
+
+
+def test_latency_of_a_network_is_the_sum_of_its_parts():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    with pytest.warns(UserWarning, match="left out, without a kernel on zcu104: W4"):
+        space = mpq.analyze(net, torch.randn(4, 1, 6, 6), "W4A4,W8A8,W4", device="zcu104", progress=False).space
+    cost = latency(space)
+    parts = layer_times(make_workload(space.layers), space.schemes, find_device("zcu104")).total
+    assert cost.total([0, 1]) == parts[0, 0] + parts[1, 1]
+    assert (cost.cost[:, 0] < cost.cost[:, 1]).all()
 
 
 def test_profiles_say_where_their_figures_come_from():
