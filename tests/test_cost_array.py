@@ -48,7 +48,15 @@ def fidelity():
 
 
 @pytest.mark.parametrize(
-    "name", ["HAQ table", "HAQ depthwise layers", "Bit Fusion", "Horowitz and QKeras energies", "FINN units"]
+    "name",
+    [
+        "HAQ table",
+        "HAQ depthwise layers",
+        "HAQ strategy",
+        "Bit Fusion",
+        "Horowitz and QKeras energies",
+        "FINN units",
+    ],
 )
 def test_published_figures(fidelity, name):
     if not (fidelity.SHARED / "reference").is_dir():
