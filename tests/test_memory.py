@@ -199,6 +199,14 @@ def test_a_peak_can_be_limited_explained_and_not_minimized(monkeypatch):
     assert not analysis.feasibility("peak_memory<=10,size<=50%").feasible
 
 
+def test_a_peak_of_one_row_has_a_frontier(monkeypatch):
+    monkeypatch.setitem(COST_MODELS, "peak_memory", peak_memory)
+    net = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
+    analysis = mpq.analyze(net, torch.randn(4, 40), "W8A8,W4A4", progress=False)
+    assert analysis.costs["peak_memory"].rows.shape[2] == 1
+    assert analysis.pareto("peak_memory").cost.min() == 40
+
+
 def test_costs_of_several_rows():
     rows = np.array([[[1.0, 5.0], [3.0, 2.0]], [[2.0, 0.0], [4.0, 4.0]]])
     cost = Cost("peak", "bytes", rows, np.array([1.0, 0.0]), 2.0, 10.0)
