@@ -20,32 +20,28 @@ from mpq.space import SearchSpace
 
 
 @dataclass(frozen=True, eq=False)
-class PairCosts:
-    """Costs that depend on the schemes of two groups.
+class Conversions:
+    """Seconds of format changes between groups.
 
     Attributes:
-        name: ``conversion``.
-        unit: Unit of the costs.
-        pairs: ``[P, 2]``: groups ``g < h``, each pair once.
+        groups: ``[P, 2]``: groups ``g < h``, each pair once.
         cost: ``[P, S, S]``: scheme of ``g`` x scheme of ``h``.
         own: ``[G, S]``: conversions whose other side is fixed: the model's input and skipped layers, which stay float.
     """
 
-    name: str
-    unit: str
-    pairs: Ints
+    groups: Ints
     cost: Floats
     own: Floats
 
     def total(self, pick: ArrayLike) -> float:
-        """Cost of a pick ``[G]``."""
+        """Seconds of a pick ``[G]``."""
         picks = np.asarray(pick, np.int64)
-        g, h = self.pairs.T
+        g, h = self.groups.T
         pairwise = self.cost[np.arange(len(g)), picks[g], picks[h]].sum()
         return float(pairwise + self.own[np.arange(len(picks)), picks].sum())
 
 
-def conversions(space: SearchSpace, launch: float = 0.0) -> PairCosts:
+def conversions(space: SearchSpace, launch: float = 0.0) -> Conversions:
     """Seconds of all format changes between layers.
 
     A layer leaves its output in the activation format that it computes in. Where the reader takes another, a pass reads
@@ -86,9 +82,8 @@ def conversions(space: SearchSpace, launch: float = 0.0) -> PairCosts:
                     own[h] += seconds[0]
                 elif g is not None and h is None:
                     own[g] += seconds[:, 0]
-    pairs = np.array(list(found), np.int64).reshape(-1, 2)
-    cost = np.array(list(found.values())).reshape(-1, S, S)
-    return PairCosts("conversion", "s", pairs, cost, own)
+    groups = np.array(list(found), np.int64).reshape(-1, 2)
+    return Conversions(groups, np.array(list(found.values())).reshape(-1, S, S), own)
 
 
 def _writer(layer: LayerSpec, group_of: Mapping[str, int]) -> int | None:

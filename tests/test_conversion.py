@@ -46,7 +46,7 @@ def passing(elements, have, want):
 def test_a_chain_by_hand():
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     found = conversions(space_of(net, torch.randn(4, 3), "W8A8,W4A4,W8"), LAUNCH)
-    assert found.pairs.tolist() == [[0, 1]]
+    assert found.groups.tolist() == [[0, 1]]
     bits = [8, 4, 32]
     expected = [[0 if s == t else passing(5, s, t) for t in bits] for s in bits]
     np.testing.assert_allclose(found.cost[0], expected)
@@ -71,7 +71,7 @@ def test_a_tensor_is_converted_once_for_its_readers_and_a_sum_in_each_part():
     space = space_of(Branches(), torch.randn(4, 3), "W8A8,W4A4")
     assert [[x.name for x in g.layers] for g in space.groups] == [["first"], ["left", "right"], ["last"]]
     found = conversions(space, LAUNCH)
-    assert found.pairs.tolist() == [[0, 1], [1, 2]]
+    assert found.groups.tolist() == [[0, 1], [1, 2]]
     assert found.cost[0, 0, 1] == pytest.approx(passing(4, 8, 4))
     assert found.cost[1, 1, 0] == pytest.approx(2 * passing(6, 4, 8))
 
@@ -81,7 +81,7 @@ def test_pairs_go_from_lower_to_higher_groups():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2))
     space = space_of(net, torch.randn(4, 4), "W8A8,W4A4,W8", groups=[["0", "2"]])
     found = conversions(space, LAUNCH)
-    assert found.pairs.tolist() == [[0, 1], [0, 2]]
+    assert found.groups.tolist() == [[0, 1], [0, 2]]
     there = [[0 if s == t else passing(4, s, t) for t in (8, 4, 32)] for s in (8, 4, 32)]
     back = [[0 if s == t else passing(6, s, t) for t in (8, 4, 32)] for s in (8, 4, 32)]
     np.testing.assert_allclose(found.cost[0], np.array(there) + np.array(back).T)
@@ -91,7 +91,7 @@ def test_skipped_layers_and_embeddings_stay_float():
     net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 2))
     space = space_of(net, [torch.randint(0, 9, (2, 3))], "W8A8,W4A4", skip=["2"])
     found = conversions(space, LAUNCH)
-    assert not len(found.pairs)
+    assert not len(found.groups)
     tokens = 3
     into = [passing(4 * tokens, 32, b) for b in (8, 4)]  # the embedding writes floats
     out = [passing(5 * tokens, b, 32) for b in (8, 4)]  # the skipped layer reads floats ...
