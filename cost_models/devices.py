@@ -84,6 +84,7 @@ class Device:
         figures: Everything else that the cost model of its kind reads, as the schema names it.
         sources: Name of a figure -> where it comes from.
         setting: How the network is run.
+        alignment: Bytes; each weight tensor takes a multiple of it.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Device:
     figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
     setting: Setting = Setting()
+    alignment: int = 1
 
     def kernel(self, scheme: Scheme) -> Kernel | None:
         """The kernel that runs a layer with this scheme; None where there is none, or no figures at all."""
@@ -201,6 +203,7 @@ def _parse(text: str, origin: str) -> Device:
         memory,
         data.get("figures", {}),
         data["sources"],
+        alignment=data.get("alignment", 1),
     )
 
 

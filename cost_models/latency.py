@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 
-import numpy as np
-
 from mpq.cost_models.devices import Device
-from mpq.cost_models.table import Cost
+from mpq.cost_models.table import Cost, group_sums
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.errors import BudgetError
 from mpq.problem import Floats
@@ -71,6 +69,4 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
 def latency(space: SearchSpace) -> Cost:
     """Seconds of one run of the searched layers at the device's batch size; the rest as the device runs floats."""
     times = layer_times(make_workload(space.layers, space.device.setting), space.schemes, space.device)
-    ends = np.cumsum([len(g.layers) for g in space.groups])
-    cost = np.stack([part.sum(0) for part in np.split(times.total, ends[:-1])])
-    return Cost("latency", "s", cost, 0.0, 1.0, 0.0)
+    return Cost("latency", "s", group_sums(space, times.total), 0.0, 1.0, 0.0)

@@ -132,10 +132,14 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
         analysis: What is known of the model.
         cost: The cost on the horizontal axis.
         max_points: Thin a longer frontier to about this many points; the points of its hull all stay.
+
+    Raises:
+        BudgetError: If the cost is the largest of several rows.
     """
+    cost.require_sum()
     problem = analysis.problem()
-    hull = convex_frontier(problem.loss, cost.cost)
-    found = exact_frontier(problem.loss, cost.cost) or hull
+    hull = convex_frontier(problem.loss, cost.rows[..., 0])
+    found = exact_frontier(problem.loss, cost.rows[..., 0]) or hull
     interacting = problem.interactions is not None and bool(problem.interactions.any())
     if interacting:
         found = _interacting(analysis, problem, cost, found)
@@ -161,7 +165,7 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
 
 def _interacting(analysis: Analysis, problem: Problem, cost: Cost, starts: FrontierPicks) -> FrontierPicks:
     """The frontier with interactions, its losses as the table predicts them: saturated and never negative."""
-    found = interaction_frontier(problem, cost.cost, starts)
+    found = interaction_frontier(problem, cost.rows[..., 0], starts)
     loss = analysis.table.predict_all(found.picks)
     kept = undominated(np.c_[found.cost, loss])
     return FrontierPicks(found.picks[kept], found.cost[kept], loss[kept], exact=False)

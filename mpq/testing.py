@@ -284,7 +284,7 @@ class CostContract:
         """One finite, non-negative cost for each choice."""
         space = self.space()
         cost = (COST_MODELS[cost_model] if isinstance(cost_model, str) else cost_model)(space)
-        assert cost.cost.shape == (len(space.groups), len(space.schemes))
+        assert cost.cost.shape[:2] == (len(space.groups), len(space.schemes))
         assert np.isfinite(cost.cost).all()
         assert (cost.cost >= 0).all()
 
