@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 
+from mpq.cost_models.conversion import conversions
 from mpq.cost_models.devices import Device
 from mpq.cost_models.table import Cost, group_sums
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.errors import BudgetError
-from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.problem import Floats, PairCosts
+from mpq.quantizers.formats import NumberFormat, Scheme
 from mpq.space import SearchSpace
 
+_CONVERTING = ("gpu", "cpu", "dsp")  # pipelines and arrays have their converters on the way
 # Kind of device -> the module that times its layers: a function `layer_times(work, schemes, device)`.
 KINDS = {
     "gpu": "mpq.cost_models.gpu",
@@ -67,6 +69,32 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
 
 
 def latency(space: SearchSpace) -> Cost:
-    """Seconds of one run of the searched layers at the device's batch size; the rest as the device runs floats."""
-    times = layer_times(make_workload(space.layers, space.device.setting), space.schemes, space.device)
-    return Cost("latency", "s", group_sums(space, times.total), 0.0, 1.0, 0.0)
+    """Seconds of one run at the device's setting: searched layers, format changes between them, and the rest as floats.
+
+    Skipped layers run in the device's float format. Products outside the layers (attention scores) are taken to be as
+    fast, for each multiply-accumulate, as the network's layers are as floats. Element-wise operations are not timed.
+
+    Raises:
+        BudgetError: If the device has no figures for time, or a skipped layer has no kernel there.
+    """
+    device, graph = space.device, space.graph
+    found = group_sums(space, layer_times(make_workload(space.layers, device.setting), space.schemes, device).total)
+    pairs, notes = None, ["element-wise operations and normalisation are not timed"]
+    if device.kind in _CONVERTING:
+        between = conversions(space, device.figures.get("launch", 0.0))
+        pairs, found = PairCosts(between.groups, between.cost), found + between.own
+    plain = Scheme(NumberFormat.parse(device.float_format))
+    constant = reference = 0.0
+    if device.supports(plain):
+        work = make_workload(graph.layers, device.setting)
+        seconds = dict(zip((x.name for x in graph), layer_times(work, [plain], device).total[:, 0], strict=True))
+        outside = sum(o.macs for o in graph.outside)
+        others = outside / graph.macs * sum(seconds.values()) if graph.macs else 0.0
+        constant = sum(seconds[x.name] for x in space.skipped) + others
+        reference = sum(seconds.values()) + others
+        if others:
+            notes.append(f"{outside:,} multiply-accumulates outside the layers are taken to be as fast as those inside")
+    elif space.skipped:
+        name = space.skipped[0].name
+        raise BudgetError(f"layer {name!r} is skipped, but {device.name} runs no {device.float_format} layers: pin it")
+    return Cost("latency", "s", found, constant, 1.0, reference, pairs, tuple(notes))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq.errors import BudgetError
-from mpq.problem import Constraint, Floats
+from mpq.problem import Constraint, Floats, PairCosts
 from mpq.space import SearchSpace
 from mpq.units import show
 
@@ -27,7 +27,9 @@ class Cost:
         cost: ``[G, S, R]``; ``[G, S]`` is one row.
         constant: What is there whatever is picked; a number, or ``[R]``.
         divisor: Turns the sum into the metric.
-        reference: The metric of the float model, for limits in per cent.
+        reference: The metric of the float model, for limits in per cent; 0 where it is not known.
+        pairs: What neighbours add to a metric of one row.
+        notes: What the metric leaves out or takes a guess at, in words.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Cost:
     constant: float | Floats
     divisor: float
     reference: float
+    pairs: PairCosts | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> Floats:
@@ -54,12 +58,13 @@ class Cost:
     def total(self, pick: ArrayLike) -> float:
         """The metric of a pick ``[G]``."""
         picks = np.asarray(pick, np.int64)
-        return self.metric(self.rows[np.arange(len(self.cost)), picks].sum(0))
+        between = 0.0 if self.pairs is None else self.pairs.total(picks)
+        return self.metric(self.rows[np.arange(len(self.cost)), picks].sum(0) + between)
 
     def constraint(self, limit: float) -> Constraint:
         """That the metric stays under a limit."""
-        limits = limit * self.divisor - self.constant
-        return Constraint(self.name, self.unit, self.cost, np.broadcast_to(limits, self.rows.shape[2:]).copy())
+        limits = np.broadcast_to(limit * self.divisor - self.constant, self.rows.shape[2:]).copy()
+        return Constraint(self.name, self.unit, self.cost, limits, self.pairs)
 
     def cost_floor(self, allowed: NDArray[np.bool_]) -> Floats:
         """Smallest sum of costs over the allowed choices ``[G, S]``, each row on its own ``[R]``."""

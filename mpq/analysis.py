@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mpq.budget import UNITS, Budget, parse_budgets
+from mpq.budget import Budget, parse_budgets
 from mpq.config import BitConfig, LayerChoice
+from mpq.cost_models.registry import COST_MODELS
 from mpq.cost_models.table import Cost
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.layers import LayerSpec, Outside
@@ -40,14 +41,14 @@ class Analysis:
     Attributes:
         space: Groups, schemes and the layer graph.
         table: Predicted loss of each choice.
-        costs: Metric -> cost of each choice.
+        costs: Metric -> cost of each choice; `cost` adds others when they are asked for.
         ranges: (layer, scheme name) -> calibrated activation range.
         provenance: What goes into every config made from it.
     """
 
     space: SearchSpace
     table: SensitivityTable
-    costs: Mapping[str, Cost]
+    costs: dict[str, Cost]
     ranges: Mapping[tuple[str, str], tuple[float, float]] = field(repr=False)
     provenance: Mapping[str, Any] = field(repr=False)
 
@@ -227,10 +228,10 @@ class Analysis:
         Raises:
             BudgetError: If it has no cost model here.
         """
+        if metric not in COST_MODELS:
+            raise BudgetError(f"no cost model for {metric!r}; known: {', '.join(COST_MODELS)}")
         if metric not in self.costs:
-            known = ", ".join(self.costs)
-            hint = "it needs a device profile with a latency model" if metric in UNITS else "it is unknown"
-            raise BudgetError(f"no cost model for {metric!r}: {hint}; budgets here may limit {known}")
+            self.costs[metric] = COST_MODELS[metric](self.space)
         return self.costs[metric]
 
     def metrics(self, pick: Ints) -> dict[str, dict[str, Any]]:

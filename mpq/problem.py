@@ -47,6 +47,15 @@ class PairCosts:
         first, second = np.asarray(pick, np.int64)[self.groups.T]
         return float(self.cost[np.arange(len(self.cost)), first, second].sum())
 
+    def interactions(self, groups: int) -> Floats:
+        """The same costs as interactions ``[G, S, G, S]``."""
+        S = self.cost.shape[1]
+        found = np.zeros((groups, S, groups, S))
+        for (g, h), cost in zip(self.groups.tolist(), self.cost, strict=True):
+            found[g, :, h] += cost
+            found[h, :, g] += cost.T
+        return found
+
     @property
     def largest(self) -> float:
         """The largest sum that any pick could have."""
@@ -152,14 +161,13 @@ class Problem:
     def least(self, name: str, loss_limit: float) -> Problem:
         """The other direction: the least of a constraint's metric, with the total loss under a limit.
 
-        All other constraints stay; that of the metric goes, and one called ``loss`` comes.
+        All other constraints stay; that of the metric goes, and one called ``loss`` comes. What the metric costs pairs
+        of groups become interactions.
 
         Raises:
             MpqError: If there is no such constraint, it has several rows, or the loss has interactions.
         """
         found = next((c for c in self.constraints if c.name == name), None)
-        if found is not None and found.pairs is not None:
-            raise MpqError(f"{name!r} has costs of pairs, which can't be the objective")
         if found is None or found.cost.shape[2] != 1:
             known = ", ".join(c.name for c in self.constraints if c.cost.shape[2] == 1) or "none"
             raise MpqError(f"{name!r} is not a constraint with one row; there are: {known}")
@@ -167,7 +175,8 @@ class Problem:
             raise MpqError("a loss with interactions can't be a constraint: it is no sum over groups")
         loss = Constraint("loss", "", np.where(self.allowed, self.loss, 0.0), np.array([loss_limit]))
         others = tuple(c for c in self.constraints if c is not found)
-        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, loss))
+        joint = None if found.pairs is None else found.pairs.interactions(len(self.loss))
+        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, loss), joint)
 
 
 def pair_sum(interactions: Floats | None, pick: ArrayLike) -> float:

@@ -224,6 +224,11 @@ def separable_solver(problem: Problem, seconds: float = 60.0) -> Knapsack | Ilp:
     return Ilp(time_limit=seconds) if rows > 1 or pairs else Knapsack(time_limit=seconds)
 
 
+def solver_for(problem: Problem, seconds: float) -> Knapsack | Ilp | Interaction:
+    """The solver for any problem, with a time limit."""
+    return separable_solver(problem, seconds) if problem.interactions is None else Interaction(seconds)
+
+
 def _prices(search: LocalSearch, pick: Ints) -> dict[str, float]:
     """Dual prices of the linear relaxation with each group's interactions as they are with the others' choices."""
     pairs = search.interactions[:, :, np.arange(len(pick)), pick].sum(2)
