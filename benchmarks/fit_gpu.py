@@ -3,9 +3,9 @@
     python benchmarks/fit_gpu.py
 
 Achieved shares of the peaks and of the memory's bandwidth, bandwidth of the cache, and seconds of a launch and of the
-chain of sums, fitted to the 74 best TVM kernel times (batch 8, int4 and int8) in ``../shared/reference``. The loss is the
-mean absolute log error, each kernel weighed by how often its network runs it. Kernels of the logs do not requantize.
-Prints the figures for ``cost_models/t4.json``; the last line is JSON.
+chain of sums, fitted to the 74 best TVM kernel times (batch 8, int4 and int8) in ``../shared/reference``. The loss is
+the mean absolute log error, each kernel weighed by how often its network runs it. Kernels of the logs do not
+requantize. Prints the figures for ``cost_models/t4.json``; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from hawq_layers import SHARED, convolution, linear, load
 from scipy.optimize import minimize
 
-from hawq_layers import SHARED, convolution, linear, load
 from mpq.cost_models.devices import Device, find_device
 from mpq.cost_models.gpu import layer_times, levels
 from mpq.cost_models.workload import Workload, make_workload
@@ -107,7 +107,7 @@ def fit(logs: Logs, device: Device) -> dict[str, float]:
             best = result.x
         found.append((result.fun, best))
     best = min(found, key=lambda pair: pair[0])[1]
-    return {name: float(f"{value:.3g}") for name, value in zip(START, np.exp(best), strict=True)}
+    return {name: float(f"{value:.4g}") for name, value in zip(START, np.exp(best), strict=True)}
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     values = fit(logs, device)
     fitted, shipped = error(logs, with_figures(device, values)), error(logs, device)
     for name, value in values.items():
-        print(f"{name:<20}{value:>12.4g}")
+        print(f"{name:<20}{value:>12.5g}")
     print(f"{len(logs.seconds)} kernels: mean |log error| {fitted:.4f}; with the shipped profile {shipped:.4f}")
     print(json.dumps({"benchmark": "fit_gpu", "figures": values, "error": fitted, "shipped_error": shipped}))
 

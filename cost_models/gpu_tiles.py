@@ -98,7 +98,7 @@ def tile_times(
 
 
 def combined(tile: TileTimes, memory: Floats, overlap: float) -> Floats:
-    """Seconds of arithmetic and of traffic that overlap in part: ``(a^p + m^p)^(1/p)``; infinite ``p`` is a roofline."""
+    """Seconds of arithmetic and traffic that overlap in part: ``(a^p + m^p)^(1/p)``; infinite ``p`` is a roofline."""
     arithmetic, moving = tile.compute + tile.widening, np.maximum(tile.cache, memory)
     longer, shorter = np.maximum(arithmetic, moving), np.minimum(arithmetic, moving)
     share = np.divide(shorter, longer, out=np.zeros_like(longer), where=(longer > 0) & np.isfinite(longer))
