@@ -22,7 +22,7 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
     ``launch + (arithmetic^p + traffic^p)^(1/p) + requantization``, a roofline (Williams et al., 2009) whose corner is
     rounded by ``overlap``. Arithmetic is tiles in waves over the processors, at the rate that kernels reach, plus the
     widening of weights where the arithmetic does not take them as stored: small batches of weight-only kernels
-    (LUT-GEMM, Park et al., 2022; Marlin, Frantar et al., 2024; W4A8: QServe, Lin et al., 2024) gain the bandwidth, large
+    (LUT-GEMM, Park et al., 2022; Marlin, Frantar et al., 2024; W4A8: QServe, Lin et al., 2024) gain bandwidth, large
     ones pay for widening and gain nothing. Traffic is the slower of main memory and second-level cache; inputs and
     outputs stay in the cache as far as they fit, weights do not.
 
