@@ -107,8 +107,7 @@ class Friendliness:
         columns = [max(len(str(s)), 9) for s in self.schemes]
         head = "  ".join(f"{s!s:>{w}}" for s, w in zip(self.schemes, columns, strict=True))
         rows = [
-            f"Friendliness on {self.device.name}: {int(self.useless.sum())} of {self.useless.size} choices gain no time "
-            "(marked -)",
+            f"Friendliness on {self.device.name}: {self.useless.sum()} of {self.useless.size} choices gain no time (-)",
             f"  {'layer':<{width}}  {head}   gain",
         ]
         for i, name in enumerate(names):
@@ -176,15 +175,15 @@ def quantization_friendliness(
 
 
 def _all_schemes(device: Device) -> tuple[Scheme, ...]:
-    """One scheme for each kernel; formats that mpq does not know are left out."""
-    found = {}
+    """One scheme for each pair of formats that kernels run; formats that mpq does not know are left out."""
+    found: dict[tuple[str, int], Scheme] = {}
     for kernel in device.kernels:
         try:
             scheme = _scheme(kernel)
         except FormatError:
             continue
-        found[scheme] = None
-    return tuple(found)
+        found.setdefault((scheme.weight.name, _activation_bits(scheme, device)), scheme)
+    return tuple(found.values())
 
 
 def _scheme(kernel: Kernel) -> Scheme:

@@ -19,12 +19,16 @@ from mpq.quantizers.formats import NumberFormat, Scheme
 def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> LayerTimes:
     """Seconds of each layer under each scheme on a GPU.
 
-    ``launch + (arithmetic^p + traffic^p)^(1/p) + requantization``, a roofline (Williams et al., 2009) whose corner is
-    rounded by ``overlap``. Arithmetic is tiles in waves over the processors, at the rate that kernels reach, plus the
-    widening of weights where the arithmetic does not take them as stored: small batches of weight-only kernels
-    (LUT-GEMM, Park et al., 2022; Marlin, Frantar et al., 2024; W4A8: QServe, Lin et al., 2024) gain bandwidth, large
-    ones pay for widening and gain nothing. Traffic is the slower of main memory and second-level cache; inputs and
-    outputs stay in the cache as far as they fit, weights do not.
+    ``launch + (arithmetic^p + traffic^p)^(1/p)``: a roofline (Williams et al., 2009) whose corner ``overlap`` rounds.
+
+    Arithmetic is tiles in waves over the processors, at the rate that kernels reach, plus requantization of integer
+    sums, plus the widening of weights where the arithmetic does not take them as stored: with few rows, weight-only
+    kernels (LUT-GEMM, Park et al., 2022; Marlin, Frantar et al., 2024) and W4A8 (QServe, Lin et al., 2024) gain
+    bandwidth; with many they pay for widening and gain nothing. So fewer weight bits may take longer, as may narrower
+    products whose depth does not fill an instruction: their kernels reach a smaller share of a higher peak.
+
+    Traffic is the slower of main memory and second-level cache. Inputs and outputs stay in the cache as far as they
+    fit, weights do not. Integer kernels write ``output_bits`` whatever comes next.
 
     Attention itself and the key-value cache are no layers: `mpq.cost_models.kv_cache`.
 
@@ -101,10 +105,10 @@ def _column(work: Workload, stored: Floats, scheme: Scheme, device: Device) -> F
         np.where(embeds, looked_up, tile.cache),
     )
     results = work.blocks * work.rows * work.columns
-    requantized = ~embeds & _is_integer(kernel)
-    overhead = figures["launch"] + np.where(requantized, results / figures["requantize"], 0.0)
-    total = combined(tile, memory, figures["overlap"]) + overhead
-    parts = (tile.compute, np.maximum(tile.cache, memory), tile.widening, overhead, total)
+    scaled = np.where(~embeds & _is_integer(kernel), results / figures["requantize"], 0.0)
+    busy = TileTimes(tile.compute + scaled, tile.widening, tile.cache)  # other blocks multiply while one requantizes
+    total = combined(busy, memory, figures["overlap"]) + figures["launch"]
+    parts = (tile.compute, np.maximum(tile.cache, memory), tile.widening, figures["launch"] + scaled, total)
     return np.stack(parts) * work.calls
 
 

@@ -118,7 +118,9 @@ def _tiled(
     down, across = np.ceil(work.rows / rows), np.ceil(work.columns / columns)
     waves = np.ceil(down * across * work.blocks * split / figures["processors"])
     depth = np.ceil(work.depth / split / arithmetic.step) * arithmetic.step
-    chain = figures["chain"] * depth  # what one block waits for its own sums; other blocks hide it from then on
+    chain = (
+        figures["chain"] * work.depth / split
+    )  # what one block waits for its own sums; other blocks hide it from then on
     compute = waves * rows * columns * depth * figures["processors"] / arithmetic.rate + chain
     # A split product writes its sums and reads them again, 4 bytes each.
     partial = (split > 1) * 8.0 * split * work.rows * work.columns * work.blocks
