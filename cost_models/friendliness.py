@@ -138,9 +138,9 @@ def quantization_friendliness(
 ) -> Friendliness:
     """Find the schemes that gain nothing in time against a wider one, layer by layer.
 
-    SpaceEvo (Li et al., 2023) shapes search spaces by what a device quantizes well; here schemes that a device does not
-    reward leave the space. A scheme is wider if its weights and its activations have at least as many bits, one of them
-    more.
+    SpaceEvo (Wang et al., 2023) shapes search spaces by what a device quantizes well; here schemes that a device does
+    not reward leave the space. A scheme is wider if its weights and its activations have at least as many bits, one of
+    them more.
 
     Args:
         graph: The layers.

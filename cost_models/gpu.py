@@ -41,10 +41,11 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
         BudgetError: If the profile has no peak for the arithmetic of a scheme.
     """
     shapes = [x.rows_shape for x in work.layers]
-    columns = []
-    for scheme in schemes:
-        stored = {shape: scheme.weight.storage_bits(shape) / 8 for shape in set(shapes)}
-        columns.append(_column(work, np.array([stored[shape] for shape in shapes]), scheme, device))
+    stored = {}
+    for fmt in {s.weight for s in schemes}:
+        size = {shape: fmt.storage_bits(shape) / 8 for shape in set(shapes)}
+        stored[fmt] = np.array([size[shape] for shape in shapes])
+    columns = [_column(work, stored[s.weight], s, device) for s in schemes]
     parts = np.array(columns).reshape(len(schemes), 5, len(work)).transpose(1, 2, 0)
     return LayerTimes(*parts)
 

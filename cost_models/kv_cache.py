@@ -51,7 +51,7 @@ class KvCache:
         """Seconds of one call that go to the cache's traffic with main memory, the same whatever the layers' schemes.
 
         Every sample writes its new tokens and reads those before: the ``context`` of the device's setting. Reading is
-        what grows: one decoding step reads the whole cache (Pope et al., 2022, section 3.1). Keys and values that a
+        what grows: one decoding step reads the whole cache (Pope et al., 2022). Keys and values that a
         prefill makes and uses at once stay on the chip.
 
         Raises:

@@ -380,3 +380,15 @@ def test_published_figures_of_hawq(monkeypatch):
     rows = module.table_columns() + module.t4_latencies()
     assert len(rows) == 16
     assert [r.name for r in rows if not r.met] == []
+
+
+def test_a_space_on_a_gpu_has_latencies():
+    """Through the search space: the groups' layers add up."""
+    from mpq.cost_models.latency import latency
+    from mpq.space import make_space
+
+    layers = tuple(replace(linear(64, 64, 4, f"l{i}"), storage=i, source=i // 2) for i in range(4))
+    device = find_device("a100:batch=2")
+    cost = latency(make_space(graph(*layers), "W4A16,W8A8,W16A16", device=device))
+    assert cost.cost.shape == (2, 3)  # readers of one tensor share a scheme
+    np.testing.assert_allclose(cost.cost[0, 1], 2 * seconds(layers[0], "W8A8", device))
