@@ -1,4 +1,4 @@
-"""CPU and DSP models against published times. Every profile was fitted to other rows than those it is scored on here."""
+"""CPU and DSP models against published times; every profile was fitted to other rows than it is scored on here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def krishnamoorthi_hvx() -> list[Row]:
 
 
 def tflite_pixel3() -> list[Row]:
-    """Float and int8 pairs on a Pixel 3 (TensorFlow Lite's hosted models): rows that the profiles were not fitted to."""
+    """Float and int8 pairs on a Pixel 3 (TensorFlow Lite's hosted models) that the profiles were not fitted to."""
     rows = phones.read("tflite_reference.json")["pixel3_android10"]["rows"]
     left = [n for n in rows if n not in phones.FITTED_PIXEL3]
     cpu, dsp = find_device("pixel3_cpu"), find_device("pixel3_hvx")

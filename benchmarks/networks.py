@@ -18,7 +18,9 @@ class Net:
         self.layers: list[LayerSpec] = []
         self.shape = (channels, size, size)
 
-    def conv(self, out: int, kernel: int | tuple[int, int] = 3, stride: int = 1, *, groups: int = 1, valid: bool = False) -> Net:
+    def conv(
+        self, out: int, kernel: int | tuple[int, int] = 3, stride: int = 1, *, groups: int = 1, valid: bool = False
+    ) -> Net:
         """A convolution; ``groups=0`` makes it depthwise."""
         k = (kernel, kernel) if isinstance(kernel, int) else kernel
         channels, *sizes = self.shape
@@ -40,8 +42,8 @@ class Net:
         self.shape = (self.shape[0], side, side)
         return self
 
-    def branches(self, *branches: list[tuple[object, ...]], pooled: int = 0, stride: int = 1) -> Net:
-        """Convolutions side by side on one tensor, joined; ``pooled`` channels come from a pooled branch without any."""
+    def branches(self, *branches: list[tuple[object, ...]], pooled: int = 0) -> Net:
+        """Convolutions side by side on one tensor, joined; ``pooled`` channels come from a branch without any."""
         start, total, end = self.shape, pooled, self.shape
         for branch in branches:
             self.shape = start
@@ -61,13 +63,23 @@ class Net:
 def mobilenet_v1(width: float = 1.0, size: int = 224, *, classifier: bool = True) -> Net:
     """MobileNet V1 (Howard et al., 2017, table 1)."""
     net = Net(size).conv(round(32 * width), 3, 2)
-    for out, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
+    for out, stride in [
+        (64, 1),
+        (128, 2),
+        (128, 1),
+        (256, 2),
+        (256, 1),
+        (512, 2),
+        *[(512, 1)] * 5,
+        (1024, 2),
+        (1024, 1),
+    ]:
         net.conv(net.shape[0], 3, stride, groups=0).conv(round(out * width), 1)
     return net.linear(1001) if classifier else net
 
 
 def mobilenet_v1_ssd() -> Net:
-    """SSD with MobileNet V1 at 300 x 300 for COCO's 90 classes (Huang et al., 2017): backbone, four more maps, heads."""
+    """SSD with MobileNet V1 at 300 x 300 for COCO's 90 classes (Huang et al., 2017): backbone, more maps, heads."""
     net = mobilenet_v1(1.0, 300, classifier=False)
     maps = [(512, 19), (1024, 10)]
     for squeeze, out in [(256, 512), (128, 256), (128, 256), (64, 128)]:

@@ -1,7 +1,7 @@
 """Fits the curves of the phone profiles to published times: `python benchmarks/phone_profiles.py` rewrites them.
 
-Fitted are three to six numbers of a profile, to times of whole networks; `fidelity_cpu.py` scores on other ones. Peaks and
-memory stay what the sources of the profile say.
+Fitted are four to six numbers of a profile, to times of whole networks; `fidelity_cpu.py` scores on other ones. Peaks
+and memory stay what the sources of the profile say.
 """
 
 from __future__ import annotations
@@ -26,19 +26,30 @@ PROFILES = Path(__file__).parents[1] / "cost_models"
 OPS = ("conv", "depthwise", "matmul")
 SIZES, WIDTHS = (128, 160, 192, 224), (0.25, 0.5, 0.75, 1.0)
 # MobileNet V1 at every other resolution, and one large network; all other rows are left for the score.
-FITTED_PIXEL3 = [*(f"Mobilenet_V1_{w:.2f}_{s}" if w < 1 else f"Mobilenet_V1_1.0_{s}" for w in WIDTHS for s in SIZES[::2]), "Inception_V3"]
+FITTED_PIXEL3 = [
+    *(f"Mobilenet_V1_{w:.2f}_{s}" if w < 1 else f"Mobilenet_V1_1.0_{s}" for w in WIDTHS for s in SIZES[::2]),
+    "Inception_V3",
+]
 
 
 def workloads() -> dict[str, Workload]:
     """Work of each network by its published name."""
-    nets = {f"Mobilenet_V1_{w:.2f}_{s}" if w < 1 else f"Mobilenet_V1_1.0_{s}": networks.mobilenet_v1(w, s) for w in WIDTHS for s in SIZES}
+    nets = {
+        f"Mobilenet_V1_{w:.2f}_{s}" if w < 1 else f"Mobilenet_V1_1.0_{s}": networks.mobilenet_v1(w, s)
+        for w in WIDTHS
+        for s in SIZES
+    }
     nets["Mobilenet_V2_1.0_224"] = networks.mobilenet_v2()
     nets["Inception_V3"], nets["Inception_V4"] = networks.inception_v3(), networks.inception_v4()
     nets["Mobilenet_v1_1_224_SSD"] = networks.mobilenet_v1_ssd()
     for depth, blocks in networks.RESNETS.items():
         nets[f"Resnet_v1_{depth}"] = networks.resnet(blocks, 224)
         nets[f"Resnet_v2_{depth}"] = networks.resnet(blocks, 299)  # TF-Slim evaluates V2 at the larger size
-    aliases = {"Mobilenet_v1_1_224": "Mobilenet_V1_1.0_224", "Mobilenet_v2_1_224": "Mobilenet_V2_1.0_224", "Inception_v3": "Inception_V3"}
+    aliases = {
+        "Mobilenet_v1_1_224": "Mobilenet_V1_1.0_224",
+        "Mobilenet_v2_1_224": "Mobilenet_V2_1.0_224",
+        "Inception_v3": "Inception_V3",
+    }
     works = {name: make_workload(net.layers) for name, net in nets.items()}
     return works | {name: works[same] for name, same in aliases.items()}
 
@@ -60,7 +71,9 @@ def cpu_curves(x: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
     """Efficiency in fp32 and int8, depthwise relative to it, seconds per output in each, seconds per call."""
     fp32, int8, depthwise, out32, out8, overhead = np.exp(x).tolist()
     rows = [("fp32", fp32, out32, 4), ("int8", int8, out8, 8)]
-    return [_curve(w, e * (depthwise if op == "depthwise" else 1), op, o, overhead, n) for w, e, o, n in rows for op in OPS]
+    return [
+        _curve(w, e * (depthwise if op == "depthwise" else 1), op, o, overhead, n) for w, e, o, n in rows for op in OPS
+    ]
 
 
 def dsp_curves(x: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
@@ -76,7 +89,10 @@ def _curve(fmt: str, efficiency: float, op: str, output: float, overhead: float,
 
 
 def fit(
-    device: Device, curves: Callable[[Any], list[dict[str, Any]]], start: list[float], times: list[tuple[str, str, float]]
+    device: Device,
+    curves: Callable[[Any], list[dict[str, Any]]],
+    start: list[float],
+    times: list[tuple[str, str, float]],
 ) -> Device:
     """The device with the curves that come closest to times (network, scheme, ms), in log time.
 
@@ -99,7 +115,12 @@ def pixel2_cpu() -> Device:
     """Fitted to TensorFlow Lite's own page, scored on Krishnamoorthi's table of the same phone."""
     rows = read("tflite_reference.json")["pixel2_single_big_core"]
     names = {"Mobilenet-v1-1-224": "Mobilenet_v1_1_224", "Mobilenet-v2-1-224": "Mobilenet_v2_1_224"}
-    times = [(names.get(n, n), s, r[k]) for n, r in rows.items() for s, k in (("W32", "ms_fp"), ("W8A8", "ms_qat_int8")) if r[k]]
+    times = [
+        (names.get(n, n), s, r[k])
+        for n, r in rows.items()
+        for s, k in (("W32", "ms_fp"), ("W8A8", "ms_qat_int8"))
+        if r[k]
+    ]
     return fit(find_device("pixel2_cpu"), cpu_curves, [0.5, 0.5, 0.5, 1e-9, 1e-9, 1e-5], times)
 
 
@@ -137,7 +158,8 @@ def main() -> None:
         path = PROFILES / f"{device.name}.json"
         profile = json.loads(path.read_text("utf8"))
         profile["figures"]["curves"] = [
-            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in c.items()} for c in device.figures["curves"]
+            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in c.items()}
+            for c in device.figures["curves"]
         ]
         path.write_text(json.dumps(profile, indent=2) + "\n", "utf8")
         print(device.name, *device.figures["curves"], sep="\n  ")

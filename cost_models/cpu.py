@@ -1,9 +1,9 @@
 """CPUs: vector and tile instructions, caches, packing and requantization.
 
-Which instruction does the products decides the time, not the stored bits: there is no 4-bit multiply-accumulate in VNNI,
-AMX, SDOT or I8MM, so int4 and int2 weights run as int8 (``runs_as`` of the kernel) and gain only where reading the
-weights is what a layer waits for (one token, one image through a wide layer). Tensors come from the innermost level
-of memory that holds all of the layer's at once.
+Which instruction does the products decides the time, not the stored bits: there is no 4-bit multiply-accumulate in
+VNNI, AMX, SDOT or I8MM, so int4 and int2 weights run as int8 (``runs_as`` of the kernel) and gain only where reading
+the weights is what a layer waits for (one token, one image through a wide layer). Tensors come from the innermost
+level of memory that holds all of the layer's at once.
 """
 
 from __future__ import annotations

@@ -7,18 +7,15 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mpq._lazy import require
 from mpq.errors import GraphError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import Scheme
-
-if TYPE_CHECKING:
-    import onnx
 
 # Operators that do a layer's products: what onnxruntime turns the graphs below into.
 _OPS = {"Conv", "FusedConv", "QLinearConv", "Gemm", "FusedGemm", "QGemm", "MatMulNBits"}
@@ -58,9 +55,8 @@ def measure(layer: LayerSpec, scheme: str, seconds: float = 0.3) -> float:
     require(("onnx", "onnxruntime"), "profile")
     if not measurable(layer, scheme):
         raise GraphError(f"onnxruntime has no {scheme} kernel for {layer.name!r} ({layer.op})")
-    import onnxruntime as ort
-
-    build = {"W32": _float, "W8A8": _quantized, "W4:g32": _four_bits}[Scheme.parse(scheme).__str__()]
+    ort: Any = import_module("onnxruntime")
+    build = {"W32": _float, "W8A8": _quantized, "W4:g32": _four_bits}[scheme]
     model, feed = build(layer)
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -95,7 +91,9 @@ def _rows(layer: LayerSpec) -> int:
 
 def _conv_attributes(layer: LayerSpec) -> dict[str, Any]:
     """Strides and paddings that lead from the input's to the output's shape; dilations leave no trace in shapes."""
-    sides = [_side(*sizes) for sizes in zip(layer.input_shape[1:], layer.output_shape[1:], layer.rows_shape[2:], strict=True)]
+    sides = [
+        _side(*sizes) for sizes in zip(layer.input_shape[1:], layer.output_shape[1:], layer.rows_shape[2:], strict=True)
+    ]
     return {
         "kernel_shape": list(layer.rows_shape[2:]),
         "strides": [s for s, _ in sides],
@@ -113,9 +111,8 @@ def _side(size: int, out: int, kernel: int) -> tuple[int, int]:
     raise GraphError(f"no stride leads from {size} to {out} positions with a kernel of {kernel}")
 
 
-def _float(layer: LayerSpec) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    import onnx.helper as h
-
+def _float(layer: LayerSpec) -> tuple[Any, dict[str, Any]]:
+    h: Any = import_module("onnx.helper")
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(layer.rows_shape, np.float32) * 0.05
     bias = np.zeros(layer.rows_shape[0], np.float32)
@@ -125,9 +122,8 @@ def _float(layer: LayerSpec) -> tuple[onnx.ModelProto, dict[str, Any]]:
     return model, {"x": rng.standard_normal(shape, np.float32)}
 
 
-def _quantized(layer: LayerSpec) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    import onnx.helper as h
-
+def _quantized(layer: LayerSpec) -> tuple[Any, dict[str, Any]]:
+    h: Any = import_module("onnx.helper")
     rng = np.random.default_rng(0)
     channels = layer.rows_shape[0]
     shape, out, op, attributes = _operator(layer)
@@ -152,9 +148,8 @@ def _quantized(layer: LayerSpec) -> tuple[onnx.ModelProto, dict[str, Any]]:
     return model, {"x": rng.integers(0, 256, shape, np.uint8)}
 
 
-def _four_bits(layer: LayerSpec) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    import onnx.helper as h
-
+def _four_bits(layer: LayerSpec) -> tuple[Any, dict[str, Any]]:
+    h: Any = import_module("onnx.helper")
     rng = np.random.default_rng(0)
     channels, depth = layer.rows_shape
     constants = {
@@ -182,12 +177,11 @@ def _model(
     constants: dict[str, np.ndarray[Any, Any]],
     x: tuple[str, int, tuple[int, ...]],
     y: tuple[str, int, tuple[int, ...]],
-) -> onnx.ModelProto:
+) -> Any:
     """A graph with one input and one output, each given by name, element type and shape."""
-    import onnx.helper as h
-    from onnx import numpy_helper
-
-    stored = [numpy_helper.from_array(v, k) for k, v in constants.items()]
+    h: Any = import_module("onnx.helper")
+    to_proto = import_module("onnx.numpy_helper").from_array
+    stored = [to_proto(v, k) for k, v in constants.items()]
     graph = h.make_graph(nodes, "layer", [h.make_tensor_value_info(*x)], [h.make_tensor_value_info(*y)], stored)
     versions = [h.make_opsetid("", 17), h.make_opsetid("com.microsoft", 1)]
     return h.make_model(graph, opset_imports=versions, ir_version=9)

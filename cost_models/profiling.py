@@ -1,6 +1,6 @@
 """A device profile from measurements: real kernels of this machine, timed one by one, then a curve fitted to them.
 
-As OHQ (2023) does on its target: what is searched over is measured on the hardware, not on paper. The profile carries the
+As OHQ (2023) does on its target: what is searched over is measured on the hardware, not on paper. The profile has the
 same figures as shipped ones, so it also predicts layers that were not measured.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from mpq._lazy import require
 from mpq.cost_models.cpu import layer_times
 from mpq.cost_models.devices import Device, Kernel, Memory, load_device
 from mpq.cost_models.kernels import measurable, measure, shape_key
@@ -29,8 +30,9 @@ from mpq.quantizers.formats import Scheme
 
 SCHEMES = ("W32", "W8A8", "W4:g32")
 _PAIRS = {"W32": ("fp32", "fp32"), "W8A8": ("int8", "int8"), "W4:g32": ("fp32", "fp32")}
-# Starting points of the fit: efficiency, tail, gather, pack, output, overhead of a curve.
-_FITTED = {"efficiency": 0.8, "tail": 4.0, "gather": 1e-9, "pack": 1e-10, "output": 1e-10, "overhead": 2e-6}
+# Starting points of the fit: numbers of a curve, then those of the device.
+_CURVE = {"efficiency": 0.8, "tail": 4.0, "gather": 1e-9, "pack": 1e-10, "output": 1e-10, "overhead": 2e-6}
+_FITTED = _CURVE | {"bandwidth": 5e10, "widen": 2e10}
 _SMALLEST = {"efficiency": 1e-3, "tail": 1.0, "gather": 1e-13, "pack": 1e-13, "output": 1e-13, "overhead": 1e-8}
 
 
@@ -82,7 +84,8 @@ def load_measurements(path: Path) -> list[Measurement]:
 
 
 def _layer(values: dict[str, Any]) -> LayerSpec:
-    return LayerSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return LayerSpec(**frozen)
 
 
 def fit_profile(measurements: Sequence[Measurement], name: str = "this_cpu") -> dict[str, Any]:
@@ -125,7 +128,7 @@ class _Fit:
 
     def solve(self) -> tuple[float, Device]:
         """Cost of the best fit, and the device that has it."""
-        start = np.log([_start(k) for k in self.keys])
+        start = np.log([_FITTED[owner if isinstance(owner, str) else field] for owner, field in self.keys])
         low = np.log([_SMALLEST.get(f, 1e7) for _, f in self.keys])
         high = np.array([0.0 if f == "efficiency" else np.inf for _, f in self.keys])
         result = least_squares(self.errors, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60)
@@ -166,7 +169,7 @@ def _names(pair: tuple[str, str], op: str) -> list[str]:
     skipped = {"conv": {"tail"}, "depthwise": {"pack"}, "matmul": {"tail", "gather"}}[op]
     if pair[0] == "fp32":
         skipped |= {"tail"}  # blocked layouts pad channels
-    return [f for f in _FITTED if f not in skipped]
+    return [f for f in _CURVE if f not in skipped]
 
 
 def _padding(pair: tuple[str, str], op: str, lanes: int) -> dict[str, int]:
@@ -176,11 +179,6 @@ def _padding(pair: tuple[str, str], op: str, lanes: int) -> dict[str, int]:
     if pair[0] == "int8":
         return {"depth": 4}
     return {"channels": lanes} if op == "conv" else {}
-
-
-def _start(key: tuple[Any, str]) -> float:
-    owner, field = key
-    return {"bandwidth": 5e10, "widen": 2e10}.get(owner) or _FITTED[field] if isinstance(owner, str) else _FITTED[field]
 
 
 def caches() -> list[Memory]:
@@ -198,10 +196,13 @@ def _profile(device: Device, measurements: Sequence[Measurement], name: str, cos
     """The JSON of a fitted device."""
     host = f"{platform.processor() or platform.machine()}, {platform.system()}"
     what = f"{len(measurements)} kernels of onnxruntime {version('onnxruntime')} on one thread of this machine ({host})"
-    error = np.median([abs(p / m.seconds - 1) for p, m in zip(predict(device, measurements), measurements, strict=True)])
+    error = np.median(
+        [abs(p / m.seconds - 1) for p, m in zip(predict(device, measurements), measurements, strict=True)]
+    )
     source = f"Fitted to {what}; median error on them {error:.1%}."
     kernels = [
-        {k: v for k, v in asdict(kernel).items() if v is not None} | ({"runs_as": list(kernel.runs_as)} if kernel.runs_as else {})
+        {k: v for k, v in asdict(kernel).items() if v is not None}
+        | ({"runs_as": list(kernel.runs_as)} if kernel.runs_as else {})
         for kernel in device.kernels
     ]
     memory = [{k: v for k, v in asdict(m).items() if v != np.inf} for m in device.memory]
@@ -233,3 +234,36 @@ def write_profile(profile: dict[str, Any], path: Path) -> Device:
     """
     path.write_text(json.dumps(profile, indent=2) + "\n", "utf8")
     return load_device(path)
+
+
+def profile_model(
+    model: Any,
+    data: Any,
+    path: str | Path,
+    *,
+    name: str = "this_cpu",
+    seconds: float = 0.25,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Device:
+    """Measure this machine's kernels for every distinct layer of a model and write a profile fitted to them.
+
+    Args:
+        model: A torch model.
+        data: Batches of calibration data, for the shapes.
+        path: Where to write the profile.
+        name: Name of the device.
+        seconds: Spent on each kernel.
+        progress: Told the name of each layer before it is measured.
+
+    Raises:
+        MpqError: If onnxruntime is not installed, or the model has no layer that it runs.
+    """
+    from mpq.calibration import Calibration
+    from mpq.trace import trace
+    from mpq.view import ModelView
+
+    require(("onnx", "onnxruntime"), "profile")
+    view = ModelView(model)
+    graph = trace(view, Calibration.load(data, view.read, 1).batches[0])
+    found = measure_layers(graph, seconds=seconds, progress=progress)
+    return write_profile(fit_profile(found, name), Path(path))

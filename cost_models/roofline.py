@@ -148,8 +148,9 @@ def vector_times(work: Workload, schemes: Sequence[Scheme], device: Device, move
         peak = _peak(device, kernel, pair)
         curve = _curves(device, pair, shapes.op)
         packed = np.isin(shapes.op, [OPS.index(o) for o in device.figures["packed_ops"]])
-        stored, wide = shapes.stored_bytes(scheme.weight), NumberFormat.parse(pair[0]).bits / 8 * work.weights
-        weights = np.where(packed | (shapes.op == 3), stored, np.maximum(stored, wide))
+        stored = shapes.stored_bytes(scheme.weight)
+        widened = max(NumberFormat.parse(pair[0]).bits - scheme.weight.bits, 0) / 8 * work.weights
+        weights = stored + np.where(packed | shapes.embedding, 0.0, widened)
         bits = NumberFormat.parse(_held(pair[1], device)).bits
         moved = Tensors(_looked_up(shapes, weights), work.inputs * bits / 8, work.outputs * bits / 8)
         parts[0, :, s] = shapes.compute(curve, peak)
@@ -183,14 +184,18 @@ def _peak(device: Device, kernel: Kernel, pair: tuple[str, str]) -> float:
     return found[0]
 
 
-def _curves(device: Device, pair: tuple[str, str], op: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> dict[str, Floats]:
+def _curves(
+    device: Device, pair: tuple[str, str], op: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+) -> dict[str, Floats]:
     """The numbers of the curve of each layer's kind, each ``[L]``; an embedding has those of a product."""
     rows = [Curve(**c) for c in device.figures["curves"]]
     found = {c.op: c for c in rows if (c.weight, c.activation) == pair}
     found["embedding"] = found.get("matmul", next(iter(found.values()), rows[0]))
     missing = [o for i, o in enumerate(OPS) if o not in found and (op == i).any()]
     if missing:
-        raise FormatError(f"{device.name}: figures.curves has no row for {missing[0]} in {pair[0]} x {pair[1]}; add one")
+        raise FormatError(
+            f"{device.name}: figures.curves has no row for {missing[0]} in {pair[0]} x {pair[1]}; add one"
+        )
     table = {name: np.array([getattr(found.get(o, rows[0]), name) for o in OPS], np.float64) for name in _NUMBERS}
     return {name: values[op] for name, values in table.items()}
 
