@@ -16,6 +16,7 @@ from mpq.cost_models.devices import Device
 from mpq.cost_models.latency import LayerTimes
 from mpq.cost_models.roofline import Shapes, Tensors, vector_times
 from mpq.cost_models.workload import Workload
+from mpq.errors import FormatError
 from mpq.problem import Floats
 from mpq.quantizers.formats import Scheme
 
@@ -24,7 +25,7 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
     """Seconds of each layer under each scheme on a CPU, each part ``[L, S]``.
 
     Raises:
-        FormatError: If the profile has no curve or no peak for a kernel.
+        FormatError: If the profile has no curve or no peak for a kernel, or names a memory that it has not.
     """
     return vector_times(work, schemes, device, _through_caches)
 
@@ -36,8 +37,10 @@ def _through_caches(shapes: Shapes, moved: Tensors, device: Device) -> Floats:
     if source is None:
         held = moved.weights + activations
         return held / bandwidth_of(held, device)
-    rate = next(m.bandwidth for m in device.memory if m.name == source)
-    return moved.weights / rate + activations / bandwidth_of(activations, device)
+    rates = {m.name: m.bandwidth for m in device.memory}
+    if source not in rates:
+        raise FormatError(f"{device.name}: figures.weights_from: {source!r} is none of its memory: {', '.join(rates)}")
+    return moved.weights / rates[source] + activations / bandwidth_of(activations, device)
 
 
 def bandwidth_of(held: Floats, device: Device) -> Floats:

@@ -34,9 +34,7 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
     total = np.full((len(work), len(schemes)), np.nan)
     missing: dict[str, list[str]] = {}
     for s, scheme in enumerate(schemes):
-        pair = base_name(scheme.weight), base_name(scheme.activation)
-        if pair[1] == device.float_format and (pair[0], "float") in table.pairs:
-            pair = pair[0], "float"
+        pair = table.pair(scheme, device.float_format)
         for i, layer in enumerate(work.layers):
             found = table.seconds(layer, pair)
             if found is None and table.nearest:
@@ -71,6 +69,12 @@ class _Table:
                 self.by_shape[_row_shape(row), pair] = row["seconds"]
                 near.setdefault((row["op"], pair), []).append((row, row["seconds"]))
         self._known = {k: _Known([_layer(r) for r, _ in v], [t for _, t in v], device) for k, v in near.items()}
+
+    def pair(self, scheme: Scheme, float_format: str) -> Pair:
+        """A scheme's formats as the table has them: activations that stay float go by either name."""
+        weight, activation = base_name(scheme.weight), base_name(scheme.activation)
+        other = {"float": float_format, float_format: "float"}.get(activation, activation)
+        return (weight, other) if (weight, activation) not in self.pairs else (weight, activation)
 
     def seconds(self, layer: LayerSpec, pair: Pair) -> float | None:
         """Of one call; None where the table has neither the name nor the shape."""

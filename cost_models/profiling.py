@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def fit_profile(measurements: Sequence[Measurement], name: str = "this_cpu") -> 
     """
     if not any(m.scheme == "W32" for m in measurements):
         raise DataError("a profile needs W32 kernels: every other kernel is set against them")
-    cost, best = min((_Fit(measurements, lanes).solve() for lanes in (4, 8, 16)), key=lambda found: found[0])
-    return _profile(best, measurements, name, cost)
+    _, best = min((_Fit(measurements, lanes).solve() for lanes in (4, 8, 16)), key=lambda found: found[0])
+    return _profile(best, measurements, name)
 
 
 class _Fit:
@@ -194,10 +195,11 @@ def caches() -> list[Memory]:
     return [*found[1:], Memory("dram", np.inf, 5e10)]  # layers never fit the first level
 
 
-def _profile(device: Device, measurements: Sequence[Measurement], name: str, cost: float) -> dict[str, Any]:
+def _profile(device: Device, measurements: Sequence[Measurement], name: str) -> dict[str, Any]:
     """The JSON of a fitted device."""
     host = f"{platform.processor() or platform.machine()}, {platform.system()}"
-    what = f"{len(measurements)} kernels of onnxruntime {version('onnxruntime')} on one thread of this machine ({host})"
+    release = f" {version('onnxruntime')}" if find_spec("onnxruntime") else ""
+    what = f"{len(measurements)} kernels of onnxruntime{release} on one thread of this machine ({host})"
     error = np.median(
         [abs(p / m.seconds - 1) for p, m in zip(predict(device, measurements), measurements, strict=True)]
     )

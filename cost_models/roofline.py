@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mpq.cost_models.devices import Device, Kernel, base_name
+from mpq.cost_models.devices import Device, Kernel
 from mpq.cost_models.latency import LayerTimes
 from mpq.cost_models.workload import Workload
 from mpq.errors import FormatError
@@ -198,8 +198,3 @@ def _curves(
         )
     table = {name: np.array([getattr(found.get(o, rows[0]), name) for o in OPS], np.float64) for name in _NUMBERS}
     return {name: values[op] for name, values in table.items()}
-
-
-def base_pair(scheme: Scheme, device: Device) -> tuple[str, str]:
-    """Names of a scheme's formats as curves have them."""
-    return base_name(scheme.weight), _held(base_name(scheme.activation), device)

@@ -117,6 +117,8 @@ def test_larger_layers_come_from_the_outer_memory():
     np.testing.assert_allclose(found.memory[0, 0], (2000 + 40 + 200 + 10) / 1e6)
     placed = times(toy(weights_from="l1"), linear(10, 200), "W8A8")
     np.testing.assert_allclose(placed.memory[0, 0], (2000 + 40) / 1e7 + 210 / 1e7)
+    with pytest.raises(FormatError, match="weights_from: 'l9' is none of its memory: l1, dram"):
+        times(toy(weights_from="l9"), linear(10, 200), "W8A8")
 
 
 def test_convolutions_by_hand():

@@ -201,6 +201,7 @@ def test_the_best_kernel_of_a_tvm_log(tmp_path):
         "conv1", "conv2d", (64, 3, 7, 7), (64, 3, 7, 7), (3, 224, 224), (64, 112, 112), 118013952, 9408, 1, 0, 0
     )
     assert layer_times(make_workload([layer]), [Scheme.parse("W32A32")], table).total == pytest.approx(3e-3)
+    assert layer_times(make_workload([layer]), [Scheme.parse("W32")], table).total == pytest.approx(3e-3)
 
 
 def test_a_table_without_times_is_no_profile(tmp_path):
