@@ -185,7 +185,7 @@ def main() -> None:
         )
     model = prepare(device)
     groups = model.analysis.space.groups
-    spent = 0.4 if quick else 1.2
+    spent = 0.4 if quick else 0.7
 
     def measure(chosen: np.ndarray[Any, Any]) -> float:
         return Graph({x.name for g, b in zip(groups, chosen, strict=True) if b for x in g.layers}).seconds(spent)
@@ -200,7 +200,7 @@ def main() -> None:
     error = np.abs(model.seconds(fitted) / times - 1)
     print(f"on the fitted maps: median error {np.median(error):.1%}, worst {error.max():.1%}")
     results = [
-        score(model, measure, share, times, rng, 4 if quick else 10)
+        score(model, measure, share, times, rng, 4 if quick else 6)
         for share in ((0.5,) if quick else (0.35, 0.5, 0.65))
     ]
     goals = {

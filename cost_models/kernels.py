@@ -40,8 +40,8 @@ def measure(layer: LayerSpec, scheme: str, seconds: float = 0.3) -> float:
 
     The graph is quantized as exporters write it (``QuantizeLinear``/``DequantizeLinear`` around the operator) and
     optimized as onnxruntime does by default; the time is that of the operator's node alone, without the layout
-    changes at the ends, from onnxruntime's own profile. Other jobs on the machine only ever add time, so it is the
-    mean of the fastest quarter of the calls.
+    changes at the ends, from onnxruntime's own profile. Calls follow each other, so weights are as warm as the caches
+    keep them. Other jobs on the machine only ever add time, so it is the mean of the fastest quarter of the calls.
 
     Args:
         layer: The layer.
