@@ -46,9 +46,12 @@ class LayerTimes:
     total: Floats
 
     def bound_by(self, layer: int, scheme: int) -> str:
-        """The largest part of one entry: ``compute``, ``memory``, ``widening`` or ``overhead``."""
-        names = [f.name for f in fields(self) if f.name != "total"]
-        return max(names, key=lambda name: float(getattr(self, name)[layer, scheme]))
+        """The largest part of one entry: ``compute``, ``memory``, ``widening`` or ``overhead``.
+
+        ``measured`` where only the total is known.
+        """
+        parts = {f.name: float(getattr(self, f.name)[layer, scheme]) for f in fields(self) if f.name != "total"}
+        return max(parts, key=parts.__getitem__) if any(parts.values()) else "measured"
 
 
 TimesModel = Callable[[Workload, Sequence[Scheme], Device], LayerTimes]
