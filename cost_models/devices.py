@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -110,11 +110,30 @@ class Device:
 
     def kernel_names(self) -> str:
         """The supported pairs in words."""
-        return ", ".join(f"{k.weight} x {k.activation}" for k in self.kernels) or "every scheme"
+        found: dict[str, list[str]] = {}
+        for k in self.kernels:
+            found.setdefault(k.weight, []).append(k.activation)
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for weight, activations in found.items():
+            rows.setdefault(tuple(activations), []).append(weight)
+        return ", ".join(f"{_runs(weights)} x {_runs(acts)}" for acts, weights in rows.items()) or "every scheme"
 
     def at(self, **changes: Any) -> Device:
         """The same device with another `Setting`: ``device.at(batch=8, phase="decode")``."""
         return replace(self, setting=replace(self.setting, **changes))
+
+
+def _runs(names: Sequence[str]) -> str:
+    """Names joined, with runs of three or more integer formats as ``int2 to int8``."""
+    found: list[list[str]] = []
+    for name in names:
+        last = found[-1][-1] if found else ""
+        follows = name.startswith("int") and last.startswith("int") and int(name[3:]) == int(last[3:]) + 1
+        if follows:
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return "/".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else "/".join(run) for run in found)
 
 
 def base_name(fmt: NumberFormat | None) -> str:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpq.errors import MpqError, UnreachableError
+from mpq.profile_cli import profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,6 +158,9 @@ def devices(
     from mpq.devices_cli import show_devices
 
     show_devices(console, name)
+
+
+app.command()(profile)
 
 
 def _split_pin(text: str) -> tuple[str, str]:
