@@ -20,7 +20,7 @@ UNITS: dict[str, dict[str, float]] = {
     "avg_bits": _BITS,
     "stored_bits": _BITS,
     "bitops": {**_COUNTS, "%": 0.01},
-    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "%": 0.01},
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "%": 0.01},
     "peak_memory": {"": 1.0, **_BYTES, "%": 0.01},
     "resident_bytes": {"": 1.0, **_BYTES, "%": 0.01},
     "active_bytes": {"": 1.0, **_BYTES, "%": 0.01},

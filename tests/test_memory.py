@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import mpq
-from mpq import budget
 from mpq.calibration import Calibration
-from mpq.cost_models import COST_MODELS, find_device
+from mpq.cost_models import find_device
 from mpq.cost_models.liveness import Tensor, tensors
 from mpq.cost_models.memory import active_bytes, peak_memory, resident_bytes
 from mpq.cost_models.size import size
@@ -172,12 +171,10 @@ def test_batch_counts(residual):
     assert peak_memory(twice).reference == 3 * peak_memory(residual).reference
 
 
-def test_a_peak_can_be_limited_explained_and_not_minimized(monkeypatch):
-    monkeypatch.setitem(COST_MODELS, "peak_memory", peak_memory)
-    monkeypatch.setitem(budget.UNITS, "peak_memory", {"": 1.0, "B": 1.0, "%": 0.01})
+def test_a_peak_can_be_limited_explained_and_not_minimized():
     torch.manual_seed(0)
     analysis = mpq.analyze(Residual().eval(), torch.randn(8, 1, 4, 4), "W8A8,W4A4", progress=False)
-    cost = analysis.costs["peak_memory"]
+    cost = analysis.cost("peak_memory")
     assert cost.rows.shape[2] > 1
     limit = 16 * (4 / 2 + 8 + 8)
     budgets = f"peak_memory<={limit},size<=50%"
@@ -199,11 +196,10 @@ def test_a_peak_can_be_limited_explained_and_not_minimized(monkeypatch):
     assert not analysis.feasibility("peak_memory<=10,size<=50%").feasible
 
 
-def test_a_peak_of_one_row_has_a_frontier(monkeypatch):
-    monkeypatch.setitem(COST_MODELS, "peak_memory", peak_memory)
+def test_a_peak_of_one_row_has_a_frontier():
     net = nn.Sequential(nn.Linear(400, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
     analysis = mpq.analyze(net, torch.randn(4, 400), "W8A8,W4A4", progress=False)
-    assert analysis.costs["peak_memory"].rows.shape[2] == 1
+    assert analysis.cost("peak_memory").rows.shape[2] == 1
     assert analysis.pareto("peak_memory").cost.min() == (400 + 40) / 2
 
 
