@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from mpq.budget import Budget, parse_budgets
 from mpq.config import BitConfig, LayerChoice
+from mpq.cost_models.devices import Device
 from mpq.cost_models.registry import COST_MODELS
 from mpq.cost_models.table import Cost
 from mpq.errors import BudgetError, FormatError, UnreachableError
@@ -64,6 +65,22 @@ class Analysis:
             constraints.append(cost.constraint(budget.limit(cost.reference)))
         loss = np.where(self.space.allowed, self.table.loss, np.inf)
         return Problem(loss, tuple(constraints), self.table.interactions)
+
+    def on(self, device: str | Device, *, drop_useless: bool = False) -> Analysis:
+        """The same measurements for another device: nothing is measured again.
+
+        Args:
+            device: Name (``t4:batch=8``), profile or path of one. Schemes without a kernel there leave the space.
+            drop_useless: Leave out, group by group, schemes that are no faster there than a wider one (see
+                `mpq.cost_models.quantization_friendliness`); they may still save memory.
+
+        Raises:
+            FormatError: If there is no such device, or a layer is left without a scheme.
+            BudgetError: If useless schemes are to be dropped and the device has no figures for time.
+        """
+        from mpq.retarget import retarget
+
+        return retarget(self, device, drop_useless)
 
     def allocate(self, budget: Budgets, solver: str | Solver = "auto") -> BitConfig:
         """The config with the least predicted loss under budgets.

@@ -148,3 +148,29 @@ def test_estimates_explain_what_binds():
         mpq.estimate(model, "t4", "W2A2", calib[0])
     with pytest.raises(BudgetError, match="pass batch"):
         mpq.estimate(model, "t4", "W4A4")
+
+
+def test_one_analysis_serves_every_device():
+    model, calib = tiny_network()
+    options = {"estimator": "influence", "progress": False}
+    every = mpq.analyze(model, calib, "W2A8,W4A4,W8A8", **options)
+    moved = every.on("t4:batch=4")
+    assert [str(s) for s in moved.space.schemes] == ["W4A4", "W8A8"]
+    alone = mpq.analyze(model, calib, "W4A4,W8A8", device="t4:batch=4", **options)
+    np.testing.assert_array_equal(moved.cost("latency").cost, alone.cost("latency").cost)
+    picks = every_pick(alone)
+    np.testing.assert_allclose(moved.table.loss, alone.table.loss)
+    assert moved.provenance["device"] == "t4"
+    assert moved.table.predict_all(picks).shape == (len(picks),)
+    assert every.costs.keys() == {"size", "avg_bits", "stored_bits", "bitops"}  # the first is as it was
+    with pytest.raises(FormatError, match="no scheme with a kernel on t4"):
+        mpq.analyze(model, calib, "W2A8,W3A8", **options).on("t4")
+
+
+def test_useless_schemes_leave_the_space():
+    model, calib = tiny_network()
+    every = mpq.analyze(model, calib, "W2A8,W4A8,W8A8", estimator="influence", progress=False)
+    kept = every.on("x86_vnni", drop_useless=True)
+    # No arithmetic is narrower than int8 there, and such small layers are bound by their set-up.
+    assert kept.space.allowed.tolist() == [[False, False, True]] * len(every.space.groups)
+    assert every.on("x86_vnni").space.allowed.all()
