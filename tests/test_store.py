@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import mpq
-from mpq.errors import MpqError
+from mpq.errors import DataError, MpqError
 from mpq.store import ScoreStore
 from mpq.testing import tiny_network, tiny_networks
 
@@ -104,10 +106,135 @@ def test_other_weights_data_seeds_and_options_find_nothing(tmp_path):
         assert len(list(tmp_path.rglob("*.safetensors"))) == before + 4
 
 
-def test_a_loss_without_a_name_is_refused(tmp_path):
-    net, data = tiny_network()
-    with pytest.raises(MpqError, match="loss of your own"):
-        mpq.analyze(net, data, store=tmp_path, loss=lambda out, x: out.square().sum(1), progress=False)
+class Activated(nn.Module):
+    """What it computes is no part of its weights, nor of its repr."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.b(self.activation(self.a(x)))
+
+
+class Tanh(Activated):
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Relu(Activated):
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+Relu.__name__ = Relu.__qualname__ = "Tanh"
+
+
+def weighted_loss(weight):
+    fn = nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, weight]), reduction="none")
+    return lambda out, batch: fn(out, batch[1])
+
+
+class ModuleLoss(nn.Module):
+    """Two of them have the same repr."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([1.0, 1.0, weight]))
+
+    def forward(self, out, batch):
+        return F.cross_entropy(out, batch[1], self.weight, reduction="none")
+
+
+def swap(batch):
+    return batch.flip(1)
+
+
+MODELS = {
+    "forward of a class": (lambda: Tanh(None), lambda: Relu(None)),
+    "attributes": (lambda: Activated(torch.tanh), lambda: Activated(torch.relu)),
+}
+OPTIONS = {
+    "forward": ({"forward": lambda m, b: m(b[0])}, {"forward": lambda m, b: m(b[0] * 2)}),
+    "functions that forward calls": ({"forward": lambda m, b: m(b[0])}, {"forward": lambda m, b: m(swap(b[0]))}),
+    "no forward": ({}, {"forward": lambda m, b: m(b[0])}),
+    "loss": ({"loss": lambda out, b: out[:, 0] ** 2}, {"loss": lambda out, b: out[:, 1] ** 2}),
+    "what a loss holds": ({"loss": weighted_loss(1.0)}, {"loss": weighted_loss(3.0)}),
+    "a loss's buffers": ({"loss": ModuleLoss(1.0)}, {"loss": ModuleLoss(3.0)}),
+}
+
+
+def stored(folder, make, batches, **options):
+    torch.manual_seed(0)
+    return mpq.analyze(make(), batches, "W2,W4", estimator="influence", store=folder, progress=False, **options).table
+
+
+def labelled(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(4, 4, generator=generator), torch.randint(0, 3, (4,), generator=generator)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OPTIONS])
+def test_other_code_with_the_same_weights_finds_nothing(tmp_path, name):
+    made = MODELS.get(name, [lambda: Tanh(None)] * 2)
+    options = OPTIONS.get(name, [{}, {}])
+    first, second = (stored(tmp_path, m, labelled(), **o) for m, o in zip(made, options, strict=True))
+    assert first.loss.tobytes() != second.loss.tobytes() or name == "no forward"
+    for folder, m, o, found in zip((tmp_path / "1", tmp_path / "2"), made, options, (first, second), strict=True):
+        same(found, stored(folder, m, labelled(), **o))
+    files = len(list(tmp_path.glob("??/*.safetensors")))
+    assert files == 8
+    same(second, stored(tmp_path, made[1], labelled(), **options[1]))
+    assert len(list(tmp_path.glob("??/*.safetensors"))) == files
+
+
+class Scene:
+    """Batches of a kind that only a ``forward=`` can read."""
+
+    def __init__(self, values, text="a"):
+        self.parts = {"values": [np.asarray(values, np.float32)]}
+        self.text = text
+
+
+def read_scene(model, scene):
+    return model(torch.tensor(scene.parts["values"][0])) * len(scene.text)
+
+
+SCENES = {
+    "arrays": lambda a, b: [Scene(a), Scene(b)],
+    "text": lambda a, b: [Scene(a), Scene(a, "abc")],
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_batches_of_any_kind_are_told_apart(tmp_path, name):
+    one, other = SCENES[name](*np.random.default_rng(0).normal(size=(2, 4, 4)))
+    options = {"forward": read_scene, "estimator_options": {"exact": True}}
+    first = stored(tmp_path, lambda: Tanh(None), [one], **options)
+    second = stored(tmp_path, lambda: Tanh(None), [other], **options)
+    assert (first.loss != second.loss).any()
+    same(second, stored(tmp_path / "fresh", lambda: Tanh(None), [other], **options))
+    assert first.provenance["data_hash"] != second.provenance["data_hash"]
+
+
+def test_what_a_store_can_not_tell_apart_is_refused(tmp_path):
+    def measure(store=None, **options):
+        torch.manual_seed(0)
+        data = options.pop("data", labelled())
+        return mpq.analyze(Tanh(None), data, "W2,W4", store=store, progress=False, **options)
+
+    generator = (i for i in range(3))
+    forward = {"forward": lambda m, b: m(b[0]) if generator else None}
+    loss = {"loss": lambda out, b: out[:, 0] if generator else None}
+    for what, options in {"forward=": forward, "the loss": loss}.items():
+        with pytest.raises(MpqError, match=f"stable source to tell {what} from .* a generator, which has none; mea"):
+            measure(tmp_path, **options)
+        assert "data_hash_without" not in measure(**options).provenance
+    opaque = {"data": [{"x": x, "opaque": generator} for x, _ in labelled()], "forward": lambda m, b: m(b["x"])}
+    with pytest.raises(DataError, match="holds a generator, whose content can't be read; measure without store="):
+        measure(tmp_path, **opaque)
+    assert measure(**opaque).provenance["data_hash_without"] == "generator"
 
 
 @pytest.mark.parametrize("name", ["conv", "attention", "shared"])
