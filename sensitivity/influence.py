@@ -27,7 +27,7 @@ from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
 from mpq.sensitivity.collector import Collector
-from mpq.sensitivity.rows import MIXED, Layouts, check_reached, find_layouts
+from mpq.sensitivity.rows import Layouts, check_reached, layouts_of
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.store import ScoreStore
@@ -74,7 +74,7 @@ def influence(
         GraphError: If no gradient reaches a layer that matters.
         MpqError: If ``exact`` or a loss without a value per sample meets a layer that mixes samples.
     """
-    layouts, passes = _layouts(view, space, data)
+    layouts, passes = layouts_of(view, [x.name for x in space.layers], data)
     job = _Job(view, space.layers, space.schemes, bank, loss, layouts, 0 if exact else draws, seed, store)
     jobs = [replace(job, batch=batch) for batch in data.batches]
     results: Iterator[_Rows] = map(_run, jobs) if executor is None else executor.map(_run_apart, jobs)
@@ -132,7 +132,9 @@ def _run(job: _Job) -> _Rows:
     if job.store is None:
         return _measure(job, job.batch, job.schemes)
     names = [x.name for x in job.layers]
-    content = {"batch": job.batch.content_hash, "draws": job.draws, "seed": job.seed}
+    content: dict[str, Any] = {"batch": job.batch.content_hash, "draws": job.draws, "seed": job.seed}
+    # More data may tell that samples are not where they seemed to be.
+    content["layouts"] = sorted(job.layouts.items())
     shelf = job.store.within(estimator="influence", layers=names, **content)
     keys = [{"scheme": str(s), "ranges": _ranges(job, s)} for s in job.schemes]
     known = [shelf.get(**k) for k in keys]
@@ -182,19 +184,6 @@ def _ranges(job: _Job, scheme: Scheme) -> list[Any]:
     if scheme.activation is None:
         return []
     return [job.bank.range(x, layer_scheme(x, scheme).activation) for x in job.layers]
-
-
-def _layouts(view: ModelView, space: SearchSpace, data: Calibration) -> tuple[Layouts, float]:
-    """Where the samples are in every output, and the forward passes of finding out.
-
-    The two largest batches must agree: routing may happen to keep the samples apart in one of them.
-    """
-    layouts: Layouts = {}
-    tried = sorted((b for b in data.batches if b.size > 1), key=lambda b: -b.size)[:2]
-    for batch in tried:
-        found = find_layouts(view, [x.name for x in space.layers], batch)
-        layouts = {k: v if layouts.get(k, v) == v else MIXED for k, v in found.items()}
-    return layouts, 2 * sum(b.size for b in tried) / data.num_samples
 
 
 def _table(space: SearchSpace, effects: list[Floats], mixed: set[str], provenance: dict[str, Any]) -> SensitivityTable:

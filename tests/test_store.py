@@ -237,6 +237,31 @@ def test_what_a_store_can_not_tell_apart_is_refused(tmp_path):
     assert measure(**opaque).provenance["data_hash_without"] == "generator"
 
 
+class Routed(nn.Module):
+    """The expert gets all samples of the first batch, so that its output looks like one row for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.embed(x)
+        out = h.clone()
+        out[x[:, 0] > 0] = self.expert(h[x[:, 0] > 0])
+        return self.head(out)
+
+
+def test_more_data_that_mix_the_samples_of_a_layer_find_nothing_old(tmp_path):
+    torch.manual_seed(0)
+    net, data = Routed(), [torch.randn(4, 4) for _ in range(2)]
+    data[0][:, 0] = data[0][:, 0].abs()
+    data[1][:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert table(net, data[:1], "W2,W4", store=tmp_path).provenance["mixed_layers"] == []
+    found = table(net, data, "W2,W4", store=tmp_path)
+    assert found.provenance["mixed_layers"] == ["expert"]
+    same(found, table(net, data, "W2,W4"))
+
+
 @pytest.mark.parametrize("name", ["conv", "attention", "shared"])
 def test_an_executor_gives_the_same_bytes(name):
     net, data = tiny_networks()[name]
