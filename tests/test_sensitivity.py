@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import mpq
 from mpq.calibration import Batch
 from mpq.errors import ConfigError, DataError, MpqError
 from mpq.losses import KLLoss, MSELoss, resolve_loss
-from mpq.sensitivity import SensitivityTable, influence
+from mpq.sensitivity import SensitivityTable, anchored, influence
+from mpq.sensitivity.influence import second_order
 from mpq.space import layer_scheme
 from mpq.testing import EstimatorContract, dense_hessian, prepared, tiny_network, tiny_networks
 from mpq.view import preserved_state
@@ -127,7 +129,7 @@ def test_standard_errors_cover_the_truth():
         with preserved_state(seed):
             table = influence(view, space, calib, bank, KLLoss(), draws=1, seed=seed, progress=False)
         pick = [0, 1]
-        found.append([*table.loss.flatten(), whole(table, pick)])
+        found.append([*table.loss.flatten(), table.predict(pick)])
         stated.append([*table.stderr.flatten(), table.stderr_of(pick)])
     off = (np.array(found) - np.mean(found, 0)) / np.array(stated)
     covered = (np.abs(off) < 2).mean(0)
@@ -148,6 +150,86 @@ def test_interactions_are_shrunk_where_samples_are_few():
         shares.append(table.interactions[0, 0, 1, 0] / products[0, 2])
     assert 0 <= shares[0] < shares[1] < shares[2] <= 1
     assert shares[2] > 0.9
+
+
+def one_batch(estimate=influence, mixed=False, samples=6, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), *[Centred()] * mixed).double()
+    view, space, calib, bank = prepared(net, list(torch.randn(samples, 4, dtype=torch.float64).split(6)), "W2,W4")
+    with preserved_state(0):
+        return estimate(view, space, calib, bank, MSELoss(), progress=False, **options)
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("unit", [{"samples": 1}, {"mixed": True}], ids=["sample", "batch"])
+def test_a_single_unit_tells_nothing_of_interactions_and_errors(unit):
+    table = one_batch(**unit)
+    assert table.rows.any()
+    assert not table.interactions.any()
+    assert np.isnan(table.stderr).all()
+    assert np.isnan(table.stderr_of([0, 1]))
+
+
+def test_several_batches_tell_of_layers_that_mix_samples():
+    table = one_batch(mixed=True, samples=24)
+    assert table.batches.tolist() == [0] * 6 + [1] * 6 + [2] * 6 + [3] * 6
+    assert table.interactions.any()
+    assert np.isfinite(table.stderr).all()
+
+
+def test_layers_that_mix_samples_leave_the_interactions_of_others():
+    """Each kind of pair is shrunk by what its own units tell."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 1, 3, 1)) + 1
+    rows[:, :, 2] = np.repeat(rng.normal(size=(4, 1, 1)) + 1, 10, 0)  # one value for each of four batches
+    over, numbers = np.array([False, False, True]), np.repeat(np.arange(4), 10)
+    found = second_order(rows, numbers, over)[1]
+    alone = second_order(rows[:, :, :2])[1]
+    np.testing.assert_allclose(found[:2, :, :2], alone, rtol=1e-12)
+    means = np.stack([rows[numbers == b].transpose(0, 1, 3, 2).reshape(10, 3) for b in range(4)])
+    products = np.einsum("bna,bnc->bac", means, means) / 10
+    scale = np.sqrt(0.5 * np.square(rows).mean((0, 1, 3)))
+    units = products[:, 2, :2] / (scale[2] * scale[:2])
+    share = 1 - (units.var(0, ddof=1).sum() / 4) / np.square(units.mean(0)).sum()
+    assert 0 < share < 1
+    np.testing.assert_allclose(found[2, 0, :2, 0], share * products.mean(0)[2, :2], rtol=1e-9)
+    assert not second_order(rows, np.zeros(40, int), over)[1][2].any()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("estimate", [influence, anchored], ids=lambda f: f.__name__)
+def test_the_error_of_a_prediction_is_its_jackknife(estimate, mixed):
+    """Leave each unit out and predict again, with the table's own shrinkage, corrections and ceiling."""
+    options = {"anchors": 6} if estimate is anchored else {}
+    table = one_batch(estimate, mixed, 20, **options)  # the last batch is shorter
+    assert (table.ceiling < np.inf) == (estimate is anchored)
+    units = table.batches if mixed else np.arange(20)
+    full = 0.5 * np.einsum("ndgs,ndht->gsht", table.rows, table.rows) / 20
+    kept = table.interactions / (2 * full)
+    for pick in itertools.product(range(2), repeat=2):
+        left = []
+        for unit in np.unique(units):
+            rows = table.rows[units != unit]
+            products = np.einsum("ndgs,ndht->gsht", rows, rows) / len(rows)
+            loss = 0.5 * np.einsum("gsgs->gs", products)
+            left.append(replace(table, loss=loss, interactions=kept * products).predict(pick))
+        expected = np.sqrt((len(left) - 1) * np.var(left))
+        assert table.stderr_of(pick) == pytest.approx(expected, rel=1e-9)
+        independent = table.total(pick)[1]
+        assert table.stderr_of(pick) != pytest.approx(independent, rel=1e-3)
+    again = SensitivityTable.from_arrays(table.to_arrays(), "it")
+    assert again.stderr_of(pick) == table.stderr_of(pick)
+
+
+def test_configs_state_the_error_of_what_they_predict(analysis):
+    config = analysis.uniform("W3A8")
+    pick = [analysis.table.schemes.index("W3A8")] * len(analysis.table.groups)
+    assert config.predicted["stderr"] == analysis.table.stderr_of(pick) != analysis.table.total(pick)[1]
+    assert f"{config.predicted['with_interactions']:.5g} with interactions +- " in config.summary()
 
 
 def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
