@@ -249,7 +249,7 @@ def test_probe_has_the_hessian_as_second_moment():
     loss, batch = KLLoss(), Batch((z,), {}, 1, None, z)
     moment = torch.zeros(4, 4, dtype=torch.float64)
     for signs in itertools.product([-1.0, 1.0], repeat=4):
-        log_p = loss._log_probabilities(z)
+        log_p = loss._log_probabilities(loss._logits(z))
         (u,) = torch.autograd.grad(
             loss._project(log_p, loss._position_weights(log_p, batch), torch.tensor(signs, dtype=z.dtype)), z
         )
@@ -364,8 +364,41 @@ def test_true_labels_give_the_empirical_fisher():
     torch.testing.assert_close(u.abs(), expected.abs())
     with pytest.raises(DataError, match="integer labels"):
         KLLoss(draw="true").probe(z, Batch((z,), {}, 4, None, z), torch.Generator())
+    for wrong in (3, -1):
+        batch = Batch((z,), {}, 4, torch.tensor([0, 1, 2, wrong]), z)
+        with pytest.raises(DataError, match="a label is not one of the model's 3 classes"):
+            KLLoss(draw="true").probe(z, batch, torch.Generator())
     with pytest.raises(MpqError, match="draw 'signs', 'sampled' or 'true', not 'mean' and 'labels'"):
         KLLoss(draw="labels")
+
+
+def test_true_labels_of_tokens_are_those_of_the_next_and_only_of_what_counts():
+    """Summed over all signs, squares are those of each label's own gradient, shared among the labels that count."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 5, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    ids = torch.randint(0, 4, (2, 5), generator=generator)
+    labels = ids.clone()
+    labels[0, 1] = -100
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 4] = 0
+    batch = Batch((), {"input_ids": ids, "attention_mask": mask}, 2, labels, None)
+    (u,) = torch.autograd.grad(KLLoss(draw="true").probe(z, batch, generator), z)
+    p = z.detach().softmax(-1)
+    expected = torch.zeros_like(p)
+    for b, t in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]:  # predict tokens 2, 3, 4 and 1, 2, 3
+        expected[b, t] = (p[b, t] - F.one_hot(ids[b, t + 1], 4)).abs() / 3**0.5
+    torch.testing.assert_close(u.abs(), expected)
+
+
+@pytest.mark.parametrize("draw", ["signs", "sampled", "true"])
+def test_a_sample_that_is_hidden_as_a_whole_counts_nothing(draw):
+    z = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    batch = Batch((z,), {"attention_mask": mask}, 2, torch.zeros(2, 3, dtype=torch.long), z)
+    for positions in (None, 2):
+        (u,) = torch.autograd.grad(KLLoss(draw=draw, positions=positions).probe(z, batch, torch.Generator()), z)
+        assert u[0].any()
+        assert not u[1].any()
 
 
 def test_callable_loss_per_sample_and_mean_agree():
