@@ -41,6 +41,9 @@ class OutputLoss(Protocol):
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """Scalars whose gradients' outer products sum to the Hessian exactly (no randomness)."""
 
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """How many `all_probes` gives."""
+
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """Whether probes have independent signs for each sample."""
 
@@ -132,12 +135,10 @@ class KLLoss:
         labels, chosen = None, None
         if self.draw == "true":
             z, labels = scores_and_labels(logits_of(output), batch)
-            weights = self._shares(
-                (labels != IGNORED_LABEL).to(z.detach() if z.dtype == torch.float64 else torch.float)
-            )
+            weights = self._shares(labels != IGNORED_LABEL, z)
         else:
             z = self._logits(output)
-            weights = self._position_weights(z.detach(), batch)
+            weights = self._position_weights(z, batch)
         if self.positions is not None and self.positions < z.shape[1]:
             # With replacement, in proportion to what each counts: the mean over draws is the whole in expectation.
             total = weights.sum(1, keepdim=True)
@@ -159,12 +160,16 @@ class KLLoss:
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """One probe per position and class: signs replaced by unit vectors."""
         log_p = self._log_probabilities(self._logits(output))
-        weights = self._position_weights(log_p.detach(), batch)
+        weights = self._position_weights(log_p, batch)
         for position in range(log_p.shape[1]):
             for c in range(log_p.shape[2]):
                 unit = torch.zeros_like(log_p)
                 unit[:, position, c] = 1
                 yield self._project(log_p, weights, unit)
+
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """See `OutputLoss.count_probes`."""
+        return self._logits(output)[0].numel()
 
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""
@@ -212,6 +217,10 @@ class MSELoss:
         for column in y.unbind(1):
             yield column.sum() * math.sqrt(2 / y.shape[1])
 
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """See `OutputLoss.count_probes`."""
+        return self._flat(output, batch).shape[1]
+
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""
         return True
@@ -247,6 +256,10 @@ class CallableLoss:
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """The summed loss: its per-sample gradients are exact already."""
         yield self._per_sample(output, batch).expand(batch.size).sum()
+
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """See `OutputLoss.count_probes`."""
+        return 1
 
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""

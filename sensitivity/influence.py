@@ -168,7 +168,7 @@ def _measure(job: _Job, batch: Batch, schemes: tuple[Scheme, ...]) -> _Rows:
         draws = job.draws
         probes = (job.loss.probe(output, batch, generator) for _ in range(draws))
     else:
-        draws = sum(1 for _ in job.loss.all_probes(output, batch))
+        draws = job.loss.count_probes(output, batch)
         probes = (p for p in job.loss.all_probes(output, batch))
     effects = collector.backward(probes, draws).numpy() * (job.draws**-0.5 if job.draws else 1.0)
     if collector.mixed and not (job.draws and job.loss.by_sample(output, batch)):

@@ -10,9 +10,10 @@ from torch import nn
 import mpq
 from mpq.calibration import Batch
 from mpq.errors import ConfigError, DataError, MpqError
-from mpq.losses import KLLoss, MSELoss, resolve_loss
-from mpq.sensitivity import SensitivityTable, anchored, influence
+from mpq.losses import CallableLoss, KLLoss, MSELoss, resolve_loss
+from mpq.sensitivity import SensitivityTable, anchored, collector, influence
 from mpq.sensitivity.influence import second_order
+from mpq.sensitivity.projection import effects
 from mpq.space import layer_scheme
 from mpq.testing import EstimatorContract, dense_hessian, prepared, tiny_network, tiny_networks
 from mpq.view import preserved_state
@@ -240,7 +241,47 @@ def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
     # A probe's square has a relative deviation of at most sqrt(2); 8 samples and 400 draws average it.
     np.testing.assert_allclose(drawn.loss, exact.loss, rtol=4 * (2 / 400) ** 0.5)
     finding_the_batch_axis = 2  # two passes over both batches
-    assert drawn.provenance["forward_passes"] == finding_the_batch_axis + 1 + 800 + 3
+    # Each 16 probes share three runs of every layer.
+    assert drawn.provenance["forward_passes"] == finding_the_batch_axis + 1 + 800 + 400 / 16 * 3
+
+
+@pytest.mark.parametrize(
+    ("loss", "net", "count"),
+    [
+        (KLLoss(), nn.Linear(4, 40), 40),
+        (KLLoss(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 40), nn.Unflatten(1, (4, 10))), 40),
+        (MSELoss(), nn.Sequential(nn.Linear(4, 40), nn.Unflatten(1, (4, 10))), 40),
+        (CallableLoss(lambda out, batch: out.square().sum(1)), nn.Linear(4, 40), 1),
+    ],
+    ids=["classes", "tokens", "elements", "callable"],
+)
+def test_exact_sums_keep_few_gradients_and_build_each_probe_once(loss, net, count, monkeypatch):
+    """Their value is that of all gradients at once."""
+    built, kept, every = [], [], type(loss).all_probes
+
+    def counted(self, output, batch):
+        for probe in every(self, output, batch):
+            built.append(1)
+            yield probe
+
+    def watched(bank, layer, schemes, inputs, gradient, *args):
+        kept.append(len(gradient))
+        return effects(bank, layer, schemes, inputs, gradient, *args)
+
+    monkeypatch.setattr(type(loss), "all_probes", counted)
+    monkeypatch.setattr(collector, "effects", watched)
+    torch.manual_seed(0)
+    view, space, calib, bank = prepared(net.double(), [torch.randn(3, 4, dtype=torch.float64)], "W2A4,W4A8")
+    tables = []
+    for chunk in (16, 1000):
+        monkeypatch.setattr(collector, "_CHUNK", chunk)
+        built.clear()
+        kept.clear()
+        tables.append(influence(view, space, calib, bank, loss, exact=True, progress=False))
+        assert len(built) == count
+        assert max(kept) == min(chunk, count)
+        assert sum(kept) == count * len(space.layers)
+    np.testing.assert_allclose(tables[0].rows, tables[1].rows, rtol=1e-9, atol=1e-12)
 
 
 def test_probe_has_the_hessian_as_second_moment():

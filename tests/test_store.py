@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -262,56 +262,111 @@ def test_more_data_that_mix_the_samples_of_a_layer_find_nothing_old(tmp_path):
     same(found, table(net, data, "W2,W4"))
 
 
+class Counting(ThreadPoolExecutor):
+    """Says how many jobs it was given."""
+
+    given = 0
+
+    def submit(self, *args, **kwargs):
+        self.given += 1
+        return super().submit(*args, **kwargs)
+
+
 @pytest.mark.parametrize("name", ["conv", "attention", "shared"])
-def test_an_executor_gives_the_same_bytes(name):
+@pytest.mark.parametrize("estimator", ["influence", "anchored"])
+def test_threads_give_the_same_bytes(name, estimator):
     net, data = tiny_networks()[name]
-    with ThreadPoolExecutor(2) as pool:
-        same(table(net, data * 3, executor=pool), table(net, data * 3))
+    with Counting(2) as pool:
+        options = {"estimator": estimator, **({"anchors": 4} if estimator == "anchored" else {})}
+        same(table(net, data * 3, executor=pool, **options), table(net, data * 3, **options))
+    assert pool.given == 6  # batches
 
 
+def test_processes_give_the_same_bytes(tmp_path):
+    """Jobs with hooks, quantizers, a store and an attention are sent to processes that share nothing with this one."""
+    net, data = tiny_networks()["attention"]
+    pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    with pool:
+        found = table(net, data, executor=pool, store=tmp_path)
+    same(found, table(net, data))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4  # written by the workers
+    again = table(net, data, store=tmp_path)
+    same(found, again)
+    assert again.provenance["forward_passes"] == 3
+
+
+# Runs that fork from one process, so that only one has to start and to import; each is killed at its n-th put.
 PROGRAM = """
-import sys
+import os, signal, sys
+from pathlib import Path
 import torch
-import mpq
-from mpq.bundled import load_example
+import mpq, mpq.store
+from mpq.testing import tiny_network
 torch.set_num_threads(1)
-model, calib, _ = load_example()
-print("ready", flush=True)
-batches = [b[0][i:i + 8] for b in calib[:1] for i in range(0, 64, 8)]
-options = {"anchors": 6, "anchor_samples": 16}
-found = mpq.analyze(model, batches, "W2,W4", estimator_options=options, store=sys.argv[1], progress=False)
-found.table.save(sys.argv[2])
+net, data = tiny_network()
+batches = [x for batch in data for x in batch.split(1)]
+options = {"anchors": 6, "anchor_samples": 4}
+write = mpq.store.save_file
+mpq.analyze(net, batches[:2], "W2,W4", estimator_options=options, progress=False)
+
+def run(out, store, kill_at, moment):
+    puts = 0
+
+    def save_file(*args):
+        nonlocal puts
+        puts += 1
+        if puts == kill_at and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)
+        if puts == kill_at and moment == "written":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if puts == kill_at + 1 and moment == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    mpq.store.save_file = save_file
+    found = mpq.analyze(net, batches, "W2,W4", estimator_options=options, store=store, progress=False)
+    found.table.save(out)
+
+for line in sys.stdin:
+    out, store, kill_at, moment = line.split()
+    child = os.fork()
+    if not child:
+        run(out, store, int(kill_at), moment)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-@pytest.mark.slow
 def test_killed_ten_times_a_run_ends_with_the_same_bytes(tmp_path):
-    def start(store, out):
-        run = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, tmp_path / store, tmp_path / out],
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert run.stdout.readline().strip() == b"ready"
-        return run
+    generator = np.random.default_rng(0)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
-    began = time.monotonic()
-    assert start("whole", "whole.safetensors").wait() == 0
-    seconds = time.monotonic() - began
-    kills, generator = 0, np.random.default_rng(0)
-    entries = []
-    while kills < 10:
-        run = start("killed", "killed.safetensors")
-        try:
-            run.wait(generator.uniform(0.02, 0.6) * seconds)
-            break  # it was done before it could be killed
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            kills += 1
-            entries.append(len(list((tmp_path / "killed").rglob("*.safetensors"))))
-    assert kills >= 3
-    assert entries == sorted(entries)  # nothing measured is lost
-    assert start("killed", "killed.safetensors").wait() == 0
+    def run(name, kill_at=0, moment="never"):
+        program.stdin.write(f"{tmp_path / name}.safetensors {tmp_path / name} {kill_at} {moment}\n")
+        program.stdin.flush()
+        return os.waitstatus_to_exitcode(int(program.stdout.readline()))
+
+    def entries(name):
+        return len(list((tmp_path / name).rglob("*.safetensors")))
+
+    with program:
+        assert run("whole") == 0
+        kills, kept = 0, [0]
+        for _ in range(10):
+            moment = str(generator.choice(["before", "written", "after"]))
+            kills += run("killed", int(generator.integers(1, 4)), moment) == -signal.SIGKILL
+            kept.append(entries("killed"))
+        assert kills == 10
+        assert kept == sorted(kept)  # nothing measured is lost
+        assert 8 < kept[-1] < entries("whole")
+        assert run("killed") == 0
+        assert entries("killed") == entries("whole")
+        program.stdin.close()
     whole, killed = (mpq.sensitivity.SensitivityTable.load(tmp_path / f"{n}.safetensors") for n in ("whole", "killed"))
     same(whole, killed)
