@@ -70,8 +70,7 @@ def measured_pairs(
 
     Returns:
         A table in the unit of ``loss`` whose prediction of every pair is what was measured (without ``psd``). Losses
-        are zero where the loss fell; standard errors are those over samples, over batches for a loss that returns one
-        mean for the batch.
+        are zero where the loss fell; standard errors as those of `perturbation`.
 
     Raises:
         DataError: If a measured loss is NaN or infinite.
@@ -81,8 +80,8 @@ def measured_pairs(
     pairs = np.zeros((G, S, G, S))
     steps = ((number, g, s) for number in range(len(rows)) for g in range(G) for s in range(S))
     by_sample: list[bool] = []
-    measured = _pair_losses(view, space, data, bank, loss, by_sample)
-    bar = progress_bar(zip(steps, measured, strict=True), "pairs", progress, len(rows) * G * S)
+    measured = zip(steps, _pair_losses(view, space, data, bank, loss, by_sample), strict=True)
+    bar = progress_bar(measured, "pairs", progress, len(rows) * G * S)
     for (number, g, s), (single, others) in bar:
         rows[number][:, g, s] = single
         pairs[g, s] += others / data.num_samples
@@ -93,8 +92,7 @@ def measured_pairs(
     if psd:
         losses, interactions = _semidefinite(losses, interactions)
     passes = 1 + G * S + int(known.sum())
-    options = {"loss": loss.name, "psd": psd}
-    table = table_of(space, losses, stderr, "measured_pairs", passes, **options)
+    table = table_of(space, losses, stderr, "measured_pairs", passes, loss=loss.name, psd=psd)
     return replace(table, interactions=interactions)
 
 

@@ -337,6 +337,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_ten_times_a_run_ends_with_the_same_bytes(tmp_path):
     generator = np.random.default_rng(0)
     program = subprocess.Popen(
