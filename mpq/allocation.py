@@ -111,10 +111,9 @@ def analyze(
             costs |= {b.metric: COST_MODELS[b.metric](space) for b in wanted if b.metric in COST_MODELS.keys() - costs}
             _check_reachable(space, costs, wanted)
         bank = QuantizerBank(view, graph, weight_range, activation_range)
+        shelf = None if store is None else open_store(store, plain(model), forward, data, graph, bank, resolved)
         bank.prepare(space.schemes, progress)
         bank.observe(data, progress)
-        weights_hash = model_hash(plain(model))
-        shelf = None if store is None else open_store(store, weights_hash, view, graph, bank, resolved)
         run = partial(estimate, view, space, data, bank, resolved, seed=seed, progress=progress)
         table = stored(run, dict(estimator_options or {}), shelf, data=data.hash, space=space, seed=seed)
         gate = check(table, space)
@@ -123,8 +122,9 @@ def analyze(
         ranges = _ranges(space, bank)
     name = estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
     provenance = {
-        "model_hash": weights_hash,
+        "model_hash": model_hash(plain(model)),
         "data_hash": data.hash,
+        **({"data_hash_without": data.opaque} if data.opaque else {}),
         "samples": data.num_samples,
         "seed": seed,
         "estimator": name,

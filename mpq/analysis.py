@@ -263,10 +263,9 @@ class Analysis:
         for g, group in enumerate(self.space.groups):
             for layer in group.layers:
                 layers[layer.name] = self._choice(layer, group.name, g, int(pick[g]))
-        loss, stderr = self.table.total(pick)
         predicted = {
-            "loss": loss,
-            "stderr": _number(stderr),
+            "loss": self.table.total(pick)[0],
+            "stderr": _number(self.table.stderr_of(pick)),
             "with_interactions": None if self.table.interactions is None else self.table.predict(pick),
         }
         order = [x.name for x in self.space.graph if x.name in layers]

@@ -21,6 +21,7 @@ from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat, Scheme
 from mpq.sensitivity.capture import table_of
 from mpq.sensitivity.prefix import Recording
+from mpq.sensitivity.spread import batch_numbers, standard_error
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.trees import tensors_in
@@ -86,11 +87,22 @@ def perturbation(
     rows = [np.zeros((batch.size, *space.allowed.shape)) for batch in data.batches]
     for number, g, values in progress_bar(passes, "perturbation", progress, total):
         rows[number][:, g] = values.numpy()
-    shares = np.concatenate(rows)
-    parts = shares if all(by_sample) else np.stack([r.sum(0) for r in rows]) * len(rows) / len(shares)
-    losses, stderr, cost = np.maximum(shares.mean(0), 0), standard_error(parts), 1 + space.allowed.size
+    losses, stderr = mean_rise(rows, all(by_sample))
+    cost = 1 + space.allowed.size
     unit = loss.name if measure == "loss" else measure
     return table_of(space, losses, stderr, "perturbation", cost, loss=loss.name, measure=measure, unit=unit)
+
+
+def mean_rise(rows: list[Floats], by_sample: bool) -> tuple[Floats, Floats]:
+    """Mean over samples, zero where the loss fell, and its standard error.
+
+    Args:
+        rows: Of each batch ``[B, ...]``.
+        by_sample: Whether the loss gives each sample its own value; else batches are what is independent.
+    """
+    shares = np.concatenate(rows)
+    stderr = standard_error(shares, None if by_sample else batch_numbers(map(len, rows)))
+    return np.maximum(shares.mean(0), 0), stderr
 
 
 def _measured(
@@ -190,13 +202,6 @@ def check_finite(values: Tensor, choices: Iterable[tuple[LayerGroup, Scheme]]) -
     if not torch.isfinite(values).all():
         what = " and ".join(f"layer {group.name!r} at {scheme}" for group, scheme in choices)
         raise DataError(f"the loss measured with {what} is NaN or infinite; leave that scheme out or check the loss")
-
-
-def standard_error(values: Floats) -> Floats:
-    """Standard error of the mean over the first axis; NaN for a single row."""
-    rows = len(values)
-    found: Floats = values.std(0, ddof=1) / rows**0.5 if rows > 1 else np.full(values.shape[1:], np.nan)
-    return found
 
 
 def smallest_precision(
