@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.errors import MpqError
-from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved
+from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved, without_groups
 from mpq.search.core import Core
 from mpq.search.lagrangian import relax
 from mpq.search.repair import Repair
@@ -58,7 +58,7 @@ class Ilp:
         if problem.interactions is not None:
             raise MpqError("the ilp takes no interactions; use the interaction solver")
         if not len(problem.loss):
-            return solved(problem, [], 0.0, 0.0, "ilp", proven=True)
+            return without_groups(problem, "ilp")
         run = _Run(problem, started + self.time_limit, self.seed)
         status = run.solve()
         seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq._lazy import require
-from mpq.problem import Floats, Ints, Problem, Status, infeasible
+from mpq.problem import Floats, Ints, Problem, Status
 from mpq.search.feasible import roomiest
 from mpq.search.ledger import Ledger
 from mpq.search.pareto import FrontierPicks
@@ -338,10 +338,10 @@ class MeasuredSearch(ABC):
         """
         require(self.needs, "search")
         started = time.perf_counter()
-        if roomiest(problem) is None:
-            why, none = infeasible(problem, 0.0, self.name).message, evaluations.trace
-            seconds = time.perf_counter() - started
-            return MeasuredSolution(Status.INFEASIBLE, None, np.inf, np.inf, {}, none, seconds, self.name, why)
+        first = roomiest(problem)
+        if first.pick is None:
+            none, seconds = evaluations.trace, time.perf_counter() - started
+            return MeasuredSolution(first.status, None, np.inf, np.inf, {}, none, seconds, self.name, first.message)
         try:
             message = self.explore(problem, evaluations)
         except Stop as stop:

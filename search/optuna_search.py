@@ -15,11 +15,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
-from mpq.search.genetic import used_shares
-from mpq.search.interaction import Interaction
+from mpq.search.feasible import FeasiblePicks
+from mpq.search.genetic import predicted_optimum, used_shares
 from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.rows import binding_rows
+from mpq.search.rows import limit_shares
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -70,14 +69,11 @@ class _Run:
     """One process's part in a study."""
 
     def __init__(self, search: OptunaSearch, problem: Problem, evaluations: Evaluations) -> None:
-        anchor = roomiest(problem)
-        assert anchor is not None
         self._search, self._problem, self._evaluations = search, problem, evaluations
-        self._feasible = FeasiblePicks(problem, anchor)
+        self._feasible = FeasiblePicks(problem)
         self._several = search.sampler == "nsga3"
         # By rising cost, for samplers that take neighbouring values for similar ones.
-        cost, limit = binding_rows(problem)
-        order = (cost / np.maximum(np.abs(limit), 1e-300)).sum(2).argsort(1, kind="stable")
+        order = limit_shares(problem).argsort(1, kind="stable")
         self._options = [
             [int(s) for s in row if allowed[s]] for row, allowed in zip(order, problem.allowed, strict=True)
         ]
@@ -135,8 +131,7 @@ class _Run:
             load_if_exists=True,
         )
         if self._search.seeded:
-            best = Interaction().solve(self._problem).pick
-            assert best is not None
+            best = predicted_optimum(self._feasible)
             start = {f"g{g}": self._options[g].index(int(s)) for g, s in enumerate(best)}
             study.enqueue_trial(start, skip_if_exists=True)
         return study

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from mpq.problem import Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.measured import Evaluations, MeasuredSearch
 
 _TRIES = 1000  # draws without a new pick after which all are taken to be known
@@ -29,9 +29,7 @@ class RandomSearch(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure random picks; see `MeasuredSearch.explore`."""
-        anchor = roomiest(problem)
-        assert anchor is not None
-        rng, feasible, idle = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor), 0
+        rng, feasible, idle = np.random.default_rng(self.seed), FeasiblePicks(problem), 0
         while idle < _TRIES:
             picks = feasible.draw(self.batch, rng)
             known = all(evaluations.known(p) for p in picks)

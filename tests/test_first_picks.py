@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from mpq.problem import Constraint, Problem, Status
-from mpq.search import Exhaustive, Ilp, Interaction
+from mpq.problem import Constraint, Problem, Solution, Status
+from mpq.search import SEARCHES, Bisection, Evaluations, Exhaustive, Ilp, Interaction, Sweep
+from mpq.search.feasible import roomiest
+from mpq.testing_search import network_like_problem
 
 
 def conflicting(G, seed=0, S=6):
@@ -50,3 +52,62 @@ def test_where_swaps_fail_an_integer_program_finds_a_pick(monkeypatch):
     none = Problem(problem.loss, tuple(Constraint(c.name, "", c.cost, c.limit - 40) for c in problem.constraints))
     assert Exhaustive().solve(none).status is Status.INFEASIBLE
     assert Ilp(time_limit=1e-9).solve(none).status is Status.INFEASIBLE
+
+
+def out_of_time(self, problem):
+    return Solution(Status.NO_SOLUTION, None, np.inf, -np.inf, {}, 0.0, "slow", {}, "out of time")
+
+
+def with_conflict():
+    """Two limits that need some of either kind of scheme: what uses least of both shares violates one."""
+    problem, measure = network_like_problem()
+    (size,) = problem.constraints
+    rest = Constraint("rest", "bits", 10 - size.cost / size.cost[:, :1] * 2, 42.0)
+    return Problem(problem.loss, (size, rest), problem.interactions), measure
+
+
+def test_running_out_of_time_is_no_proof_that_there_is_nothing(monkeypatch):
+    problem, measure = conflicting(50), lambda pick: 0.0
+    monkeypatch.setattr(Ilp, "solve", out_of_time)
+    assert roomiest(problem).status is Status.NO_SOLUTION
+    for name, search in SEARCHES.items():
+        found = search().search(problem, Evaluations(measure))
+        assert (found.status, found.message) == (Status.NO_SOLUTION, "out of time"), name
+    found = Bisection(1.0).search(problem, Evaluations(measure))
+    assert (found.status, found.message) == (Status.NO_SOLUTION, "out of time")
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_searches_start_from_any_pick_where_the_predicted_optimum_takes_too_long(name, monkeypatch):
+    problem, measure = network_like_problem()
+    monkeypatch.setattr(Interaction, "solve", out_of_time)
+    found = SEARCHES[name]().search(problem, Evaluations(measure, limit=6))
+    assert found.status is Status.FEASIBLE
+    assert len(found.trace) == 6
+
+
+def test_sweep_begins_at_what_the_other_limits_allow():
+    problem, measure = with_conflict()
+    size = problem.constraints[0]
+    sizes = sorted(
+        size.usage(p)[0] for p in np.concatenate(list(Exhaustive().all_picks(problem))) if problem.feasible(p)
+    )
+    assert problem.smallest_usage()["size"] < sizes[0] < sizes[-1]
+    found = Sweep(points=4).search(problem, Evaluations(measure, limit=12))
+    assert found.status is Status.FEASIBLE
+    assert min(size.usage(p)[0] for p in found.trace.picks) == sizes[0]
+
+
+@pytest.mark.parametrize("name", ["nsga2", "linas", "genetic"])
+def test_seeds_are_spread_where_the_limit_does_not_bind(name):
+    """A whole frontier is searched under a limit that every pick meets."""
+    problem, measure = network_like_problem()
+    (size,) = problem.constraints
+    loose = Constraint("size", "bits", size.cost, size.cost.max(1).sum())
+    wide = Problem(problem.loss, (loose,), problem.interactions)
+    found = SEARCHES[name]().search(wide, Evaluations(measure, limit=8))
+    seeds = {p.tobytes(): size.usage(p)[0] for p in found.trace.picks}
+    assert len(seeds) == 8
+    share = (np.array(list(seeds.values())) - size.cost.min(1).sum()) / np.ptp(size.cost, axis=1).sum()
+    assert share.min() < 0.2
+    assert share.max() > 0.8
