@@ -98,7 +98,7 @@ def test_sweep_begins_at_what_the_other_limits_allow():
     assert min(size.usage(p)[0] for p in found.trace.picks) == sizes[0]
 
 
-@pytest.mark.parametrize("name", ["nsga2", "linas", "genetic"])
+@pytest.mark.parametrize("name", ["nsga2", "linas"])
 def test_seeds_are_spread_where_the_limit_does_not_bind(name):
     """A whole frontier is searched under a limit that every pick meets."""
     problem, measure = network_like_problem()
