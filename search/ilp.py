@@ -20,6 +20,7 @@ _PATIENCE = 10.0  # seconds for a first pick, beyond the time limit
 _FIT_UNIT = 10.0  # a unit of the objective at most this many times the excess found is small enough
 _REPAIRS = 5  # first picks where pairs have costs
 _FIRST_CORES = (30, 100)  # groups of the integer programs that only seek a better pick
+_NODES = 500  # of each of those; they end there and not by the clock, unless time is short
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class _Run:
                 break
             keep = self._left()
             if (keep.sum(1) > 1).sum() > 2 * count:
-                _, pick, _ = self._run(self._most_in_doubt(keep, count), self._gap(), self._remaining() / 10)
+                core = self._most_in_doubt(keep, count)
+                _, pick, _ = self._run(core, self._gap(), self._remaining() / 10, _NODES)
                 self._offer(pick)
         return self._prove()
 
@@ -167,10 +169,12 @@ class _Run:
             if unit <= _FIT_UNIT * (self._objective - floor) or self._objective == floor:
                 return status
 
-    def _run(self, keep: NDArray[np.bool_], unit: float, seconds: float) -> tuple[Status, Ints | None, float]:
+    def _run(
+        self, keep: NDArray[np.bool_], unit: float, seconds: float, nodes: int | None = None
+    ) -> tuple[Status, Ints | None, float]:
         relaxed = self._relaxed
         core = Core(relaxed.reduced, keep, self._base, self._cost, self._limit, relaxed.prices, unit, self._pairs)
-        return core.solve(self.pick, self._cuts, seconds, self._seed)
+        return core.solve(self.pick, self._cuts, seconds, self._seed, nodes)
 
     def _offer(self, pick: Ints | None) -> None:
         """Take a pick if it is feasible and better."""

@@ -1,10 +1,15 @@
 """A feasible pick is found wherever there is one, and what was not proven is not claimed."""
 
+import subprocess
+import sys
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from mpq.problem import Constraint, Problem, Solution, Status
-from mpq.search import SEARCHES, Bisection, Evaluations, Exhaustive, Ilp, Interaction, Sweep
+from mpq.search import SEARCHES, Bisection, Evaluations, Exhaustive, Ilp, Interaction, Knapsack, Sweep
+from mpq.search.core import Core
 from mpq.search.feasible import roomiest
 from mpq.testing_search import network_like_problem
 
@@ -111,3 +116,53 @@ def test_seeds_are_spread_where_the_limit_does_not_bind(name):
     share = (np.array(list(seeds.values())) - size.cost.min(1).sum()) / np.ptp(size.cost, axis=1).sum()
     assert share.min() < 0.2
     assert share.max() > 0.8
+
+
+def test_knapsack_bound_is_below_the_optimum_to_the_last_bit(monkeypatch):
+    """In exact arithmetic, where sums of floats are rounded upwards."""
+    monkeypatch.setattr("mpq.search.knapsack._Run.prove", lambda self, states, deadline: False)
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        loss = rng.integers(1, 40, (6, 3)) / 10
+        cost = rng.integers(1, 6, (6, 3)).astype(float)
+        limit = cost[np.arange(6), rng.integers(3, size=6)].sum()
+        problem = Problem(loss, (Constraint("size", "B", cost, limit),))
+        exact = sum(Fraction(float(x)) for x in loss[np.arange(6), Exhaustive().solve(problem).pick])
+        assert Fraction(Knapsack().solve(problem).bound) <= exact, seed
+
+
+SCRIPT = """
+import mpq.search.interaction as interaction
+from mpq.search import Ilp, Interaction
+from mpq.problem import Problem
+from mpq.testing_search import network_like_problem
+interaction._CUBES = 2e7
+problem, _ = network_like_problem(groups=24)
+plain = Problem(problem.loss, problem.constraints)
+for found in (Interaction(restarts=5).solve(problem), Ilp().solve(plain)):
+    print(found.status, found.pick.tobytes().hex(), found.objective.hex(), found.bound.hex(), found.prices)
+"""
+
+
+def test_equal_bytes_of_two_processes():
+    """Also where work ends before there is a proof."""
+    runs = [subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True).stdout for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert b"FEASIBLE" in runs[0]
+
+
+def test_a_limit_of_nodes_keeps_the_best_pick(monkeypatch):
+    monkeypatch.setattr("mpq.search.ilp._FIRST_CORES", (5,))
+    monkeypatch.setattr("mpq.search.ilp._NODES", 0)
+    statuses = []
+    solve = Core.solve
+
+    def recorded(self, start, cuts, seconds, seed, nodes=None):
+        found = solve(self, start, cuts, seconds, seed, nodes)
+        statuses.append((nodes, found[0], found[1] is not None))
+        return found
+
+    monkeypatch.setattr(Core, "solve", recorded)
+    problem = conflicting(60)
+    assert problem.feasible(Ilp(time_limit=1).solve(problem).pick)
+    assert (0, Status.FEASIBLE, True) in statuses
