@@ -45,6 +45,7 @@ class Interaction:
 
     Attributes:
         time_limit: Seconds. Work is counted so that it usually ends before; then the same seed gives the same answer.
+            As with `Ilp`, a first feasible pick is looked for beyond it.
         restarts: Kicks of the local search; large problems do fewer.
         seed: Random seed of the kicks.
     """

@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS claims (
     context TEXT NOT NULL, pick TEXT NOT NULL, owner TEXT NOT NULL, PRIMARY KEY (context, pick)
 );
 """
-_TABLES = {"contexts", "evaluations"}  # of every version
+_TABLES = {"contexts", "evaluations"}  # of every version; while another process makes the file, one may be missing
 _PATIENCE = 60.0  # seconds to wait for another process that writes
 
 
@@ -56,7 +56,7 @@ class Ledger:
         try:
             self._base = sqlite3.connect(":memory:" if path is None else path, timeout=_PATIENCE)
             tables = {name for (name,) in self._base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if tables and not tables >= _TABLES:
+            if tables and tables.isdisjoint(_TABLES):
                 raise sqlite3.DatabaseError("it is a database of something else")
             with self._base:
                 self._base.executescript(_SCHEMA)

@@ -71,6 +71,12 @@ def test_what_a_dead_process_claimed_is_taken_over_in_time(tmp_path):
         assert not dead._is_new(trial, pick)
 
 
+def test_schemes_are_ordered_by_cost_under_a_limit_that_does_not_bind():
+    cost = np.tile([8.0, 2.0, 4.0], (2, 1))
+    problem = Problem(np.ones((2, 3)), (Constraint("size", "bits", cost, 100.0),))
+    assert _Run(OptunaSearch(), problem, Evaluations(lambda pick: 1.0))._options == [[1, 2, 0]] * 2
+
+
 class InParts:
     """The loss in four parts, each nearer to the true one; fails in the middle of one measurement."""
 
