@@ -152,6 +152,9 @@ def search(
     """The config with the least measured loss under budgets; see `mpq.Analysis.search`, whose body this is."""
     budgets = parse_budgets(budget)
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
+    chosen = _find_search(method, seed, analysis.space)
+    if drop is not None and method != "refine":
+        raise MpqError(f"{drop.text} is searched by bisection; leave out method={chosen.name!r}")
     measure = _measure(analysis, evaluate, drop is not None)
     bar = open_bar(f"measured search for {', '.join(b.text for b in budgets)}", progress, evaluations)
     with Ledger(ledger, "" if ledger is None else _context(measure, about)) as kept:
@@ -163,7 +166,7 @@ def search(
             found = smallest_within_drop(analysis, spent, drop, others, solver)
         else:
             analysis.solve(budgets, solver)  # says what is reachable if nothing is
-            found = _find_search(method, seed, analysis.space).search(analysis.problem(budgets), spent)
+            found = chosen.search(analysis.problem(budgets), spent)
     bar.close()
     if found.pick is None:
         raise BudgetError(f"no config was found: {found.message}; allow more evaluations or seconds")

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq._lazy import require
-from mpq.problem import Floats, Ints, Problem, Status, infeasible
+from mpq.errors import MpqError
+from mpq.problem import Floats, Ints, Problem, Status
 from mpq.search.feasible import roomiest
 from mpq.search.ledger import Ledger
 from mpq.search.pareto import FrontierPicks
@@ -185,6 +186,8 @@ class Evaluations:
             Stop: If a limit is reached before all are known, or the measurement of one fails. Those that were finished
                 are remembered.
         """
+        if not np.size(picks) and np.ndim(picks) == 1:
+            return np.zeros(0)
         wanted = np.atleast_2d(np.asarray(picks, np.int64))
         new = list({p.tobytes(): p for p in wanted if p.tobytes() not in self._seen}.values())
         fitting = new[: max(0, int(min(self.left, len(new))))]
@@ -215,8 +218,14 @@ class Evaluations:
             self._ledger.put(own, loss)
             self._remember(own, loss, True)
 
+    def claim(self, pick: ArrayLike, owner: str, instead_of: str = "") -> str:
+        """Claim the measurement of a pick among the processes that share the ledger; see `Ledger.claim`."""
+        return self._ledger.claim(pick, owner, instead_of)
+
     def measure_in_parts(self, pick: Ints, prune: Callable[[int, float], bool]) -> float | None:
         """Loss of a pick ``[G]``, or None if it was pruned; one that was is not tried again.
+
+        Parts are kept in the ledger and come out of it again, so that pruning decides as before in a resumed search.
 
         Args:
             pick: What to measure, with a measurement that has ``in_parts``.
@@ -228,22 +237,35 @@ class Evaluations:
         key = pick.tobytes()
         if key in self._pruned:
             return None
-        if key in self._seen or self._ledger.get(pick) is not None or self.left < 1 or time.monotonic() > self._until:
-            return float(self.measure(pick)[0])
-        loss = math.inf
-        try:
-            for part, loss in enumerate(self._measure.in_parts(pick)):  # type: ignore[attr-defined]
-                if prune(part, loss):
-                    self._pruned.add(key)
-                    return None
-        except Exception as error:
-            raise Stop(_failed(error)) from error
-        loss = math.inf if math.isnan(loss) else float(loss)
-        self._ledger.put(pick, loss)
-        self._remember(pick, loss, False)
+        if key in self._seen or self.left < 1:
+            return float(self.measure([pick])[0])
+        finished, parts = self._ledger.get(pick) is not None, self._ledger.parts(pick)
+        known = [prune(part, loss) for part, loss in enumerate(parts)]
+        pruned = any(known)
+        if finished or (not pruned and time.monotonic() > self._until):
+            return float(self.measure([pick])[0])
+        if not pruned:
+            parts = []
+            for part, loss in enumerate(self._parts(pick)):
+                parts.append(math.inf if math.isnan(loss) else float(loss))
+                if part >= len(known) and prune(part, parts[-1]):
+                    pruned = True
+                    break
+            self._ledger.put_parts(pick, parts)
+        if pruned:
+            self._pruned.add(key)
+            return None
+        self._ledger.put(pick, parts[-1])
+        self._remember(pick, parts[-1], False)
         if self._report is not None:
             self._report()
-        return loss
+        return parts[-1]
+
+    def _parts(self, pick: Ints) -> Iterator[float]:
+        try:
+            yield from self._measure.in_parts(pick)  # type: ignore[attr-defined]
+        except Exception as error:
+            raise Stop(_failed(error)) from error
 
     def _remember(self, pick: Ints, loss: float, reused: bool) -> None:
         self._seen[pick.tobytes()] = len(self._picks)
@@ -338,10 +360,10 @@ class MeasuredSearch(ABC):
         """
         require(self.needs, "search")
         started = time.perf_counter()
-        if roomiest(problem) is None:
-            why, none = infeasible(problem, 0.0, self.name).message, evaluations.trace
-            seconds = time.perf_counter() - started
-            return MeasuredSolution(Status.INFEASIBLE, None, np.inf, np.inf, {}, none, seconds, self.name, why)
+        first = roomiest(problem)
+        if first.pick is None:
+            none, seconds = evaluations.trace, time.perf_counter() - started
+            return MeasuredSolution(first.status, None, np.inf, np.inf, {}, none, seconds, self.name, first.message)
         try:
             message = self.explore(problem, evaluations)
         except Stop as stop:
@@ -358,6 +380,16 @@ class MeasuredSearch(ABC):
 
         All that is measured counts: nothing else is handed back. `Stop` passes through.
         """
+
+
+def check_batch(batch: int) -> None:
+    """Refuse batches that nothing would ever be measured in.
+
+    Raises:
+        MpqError: If a batch has no picks.
+    """
+    if batch < 1:
+        raise MpqError(f"batch must be at least 1, not {batch}")
 
 
 def _failed(error: BaseException) -> str:

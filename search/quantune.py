@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import Genetic
 from mpq.search.logs import logarithms, predicted_shares
 from mpq.search.measured import Evaluations, MeasuredSearch
@@ -51,12 +51,10 @@ class Quantune(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure, learn, repeat; see `MeasuredSearch.explore`."""
-        anchor = roomiest(problem)
-        assert anchor is not None
-        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)
+        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem)
         trees = Trees(problem, self.earlier, seeded=self.seeded)
         if not self.earlier:
-            evaluations.measure(Genetic(self.seed, self.initial, seeded=self.seeded).first(problem, feasible, rng))
+            evaluations.measure(Genetic(self.seed, self.initial, seeded=self.seeded).first(feasible, rng))
         for _ in range(self.rounds):
             trace = evaluations.trace
             trees.learn(trace.picks.reshape(-1, len(problem.loss)), trace.losses)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.interaction import Interaction, separable_solver, symmetric
 from mpq.search.local_search import LocalSearch
 from mpq.search.measured import Evaluations, MeasuredSearch, Trace
@@ -71,10 +71,8 @@ class Proposer:
     """
 
     def __init__(self, problem: Problem, rng: np.random.Generator) -> None:
-        anchor = roomiest(problem)
-        assert anchor is not None
         self.problem, self._rng = symmetric(problem), rng
-        self._feasible = FeasiblePicks(problem, anchor)
+        self._feasible = FeasiblePicks(problem)
 
     def first(self, evaluations: Evaluations) -> Ints:
         """The optimum of the problem as far as it is known, and that with interactions of half their strength.
@@ -89,7 +87,8 @@ class Proposer:
         if problem.interactions is not None and not len(trace):
             problems.append(replace(problem, interactions=0.5 * problem.interactions))
         picks = [Interaction().solve(p).pick for p in problems]
-        return _distinct(np.array([p for p in picks if p is not None]))
+        found = [p for p in picks if p is not None] or [self._feasible.anchor]  # where time was too short
+        return _distinct(np.array(found))
 
     def propose(self, evaluations: Evaluations, batch: int, drafts: int) -> tuple[float, Ints]:
         """Picks ``[batch, G]`` or fewer, all new, and the largest gain expected of one; some must be measured already.

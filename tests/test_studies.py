@@ -83,6 +83,13 @@ def test_pruned_by_early_batches(measured):
     assert trace.losses[-1] == evaluator.measure(analysis.config(trace.picks[-1])).kl
 
 
+def test_accuracy_budget_takes_no_method(measured):
+    analysis, evaluator, _ = measured
+    for method, match in (("magic", "unknown search"), ("genetic", r"accuracy_drop<=2% .* leave out method='genetic'")):
+        with pytest.raises(MpqError, match=match):
+            analysis.search(evaluator, "accuracy_drop<=2%", method, progress=False)
+
+
 def test_accuracy_budget_returns_its_trace(measured):
     analysis, evaluator, _ = measured
     study = analysis.search(evaluator, "accuracy_drop<=2%", evaluations=8, progress=False)
