@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mpq.errors import MpqError
     from mpq.evaluation import Evaluator, evaluate
     from mpq.frontier import Frontier
+    from mpq.global_choices import GlobalChoices
     from mpq.layers import LayerGraph
     from mpq.quantizers.formats import NumberFormat, Scheme
     from mpq.trace import trace_model
@@ -34,6 +35,7 @@ __all__ = [
     "Budget",
     "Evaluator",
     "Frontier",
+    "GlobalChoices",
     "LayerGraph",
     "Measured",
     "MpqError",
@@ -60,6 +62,7 @@ _MODULES = {
     "mpq.errors": ("MpqError",),
     "mpq.evaluation": ("Evaluator", "evaluate"),
     "mpq.frontier": ("Frontier",),
+    "mpq.global_choices": ("GlobalChoices",),
     "mpq.layers": ("LayerGraph",),
     "mpq.quantizers.formats": ("NumberFormat", "Scheme"),
     "mpq.trace": ("trace_model",),
