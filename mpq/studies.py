@@ -118,6 +118,7 @@ class EvaluatorMeasure:
     evaluator: MeasuresConfigs
     quantity: str
     found: dict[bytes, Measured] = field(default_factory=dict)
+    _parts: dict[bytes, list[tuple[int, float]]] = field(default_factory=dict)
 
     def __call__(self, pick: Ints) -> float:
         """The loss of a pick."""
@@ -126,9 +127,28 @@ class EvaluatorMeasure:
 
     def in_parts(self, pick: Ints) -> Iterator[float]:
         """Its loss on the first batch, on the first two, and so on."""
+        parts = self._parts[pick.tobytes()] = []
         for measured in self.evaluator.measure_in_parts(self.searched.config(pick)):
+            loss = self._loss(measured)
             self.found[pick.tobytes()] = measured
-            yield self._loss(measured)
+            parts.append((measured.samples, loss))
+            yield loss
+
+    def noise(self, one: Ints, other: Ints) -> float | None:
+        """Standard error of the difference of two picks' losses, by its spread over batches; None with one batch.
+
+        Both are measured on the same samples, so this is far less than the error of either loss. What was measured
+        elsewhere is measured again.
+        """
+        for pick in (one, other):
+            if pick.tobytes() not in self._parts:
+                self(pick)
+        samples, losses = np.transpose([self._parts[p.tobytes()] for p in (one, other)], (2, 0, 1))
+        size, total = samples[0], (losses[0] - losses[1]) * samples[0]
+        if len(size) < 2:
+            return None
+        rest = np.diff(total, prepend=0.0) - np.diff(size, prepend=0.0) * total[-1] / size[-1]
+        return float(np.sqrt(np.square(rest).sum() * len(size) / (len(size) - 1)) / size[-1])
 
     def of(self, pick: Ints) -> Measured:
         """All that was measured of a pick, measured again if that was done elsewhere."""

@@ -203,6 +203,18 @@ class Evaluations:
             raise Stop(f"the limit of {self.limit:g} evaluations is reached")
         return np.array([self._losses[self._seen[p.tobytes()]] for p in wanted])
 
+    def noise(self, one: Ints, other: Ints) -> float | None:
+        """Standard error of the difference of two measured picks' losses; None if the measurement can't tell.
+
+        Raises:
+            Stop: If telling it takes a measurement that fails.
+        """
+        tell = getattr(self._measure, "noise", None)
+        try:
+            return None if tell is None else tell(one, other)
+        except Exception as error:
+            raise Stop(_failed(error)) from error
+
     def recall(self) -> None:
         """Take over all evaluations in the ledger, which may come from other processes and other searches."""
         for pick, loss in zip(*self._ledger.all(), strict=True):

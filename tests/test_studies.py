@@ -7,7 +7,8 @@ import torch
 
 import mpq
 from mpq.errors import BudgetError, MpqError, UnreachableError
-from mpq.search import Genetic, OptunaSearch
+from mpq.search import Genetic, OptunaSearch, Refine
+from mpq.studies import measure_of
 from mpq.testing import tiny_network
 
 
@@ -42,6 +43,33 @@ def test_search_with_an_evaluator(measured, tmp_path):
     assert "after 3 evaluations and 3 from the ledger" in repr(study)
     assert mpq.BitConfig is type(study.config)
     json.loads(study.config.to_json())
+
+
+def test_noise_is_the_standard_error_of_a_difference_over_batches(measured, tmp_path):
+    analysis, evaluator, _ = measured
+    picks = np.array([[0] * len(analysis.space.groups), [1] * len(analysis.space.groups)])
+    measure = measure_of(analysis, evaluator, False)
+    batches = [np.diff([6 * 0.0, *((i + 1) * x for i, x in enumerate(measure.in_parts(pick)))]) for pick in picks]
+    differences = batches[0] - batches[1]
+    assert len(differences) == 6
+    wanted = differences.std(ddof=1) / np.sqrt(6)
+    assert measure.noise(*picks) == pytest.approx(wanted, rel=1e-9)
+    assert measure_of(analysis, evaluator, False).noise(*picks) == pytest.approx(wanted, rel=1e-9)
+    assert measure.noise(picks[0], picks[0]) == 0
+    alone = batches[0].std(ddof=1) / np.sqrt(6)
+    assert measure.noise(picks[1], picks[1]) < wanted < 2 * alone
+
+
+def test_refine_ends_below_the_noise_of_the_evaluator(measured):
+    """Twenty samples a batch: the best picks can't be told apart better than by some per cent."""
+    analysis, evaluator, _ = measured
+
+    def run(evaluate):
+        return analysis.search(evaluate, "avg_bits<=3", Refine(handful=3), evaluations=20, progress=False).solution
+
+    noisy, blind = run(evaluator), run(lambda config: evaluator.measure(config).kl)
+    assert "less than the noise of" in noisy.message
+    assert noisy.evaluations < blind.evaluations
 
 
 def test_the_ledger_knows_data_and_quantity(measured, tmp_path):
