@@ -355,7 +355,11 @@ class MeasuredSearch(ABC):
             seconds = time.perf_counter() - started
             return MeasuredSolution(Status.INFEASIBLE, None, np.inf, np.inf, {}, none, seconds, self.name, why)
         try:
-            message = self.explore(problem, evaluations)
+            if (problem.allowed.sum(1) > 1).any():
+                message = self.explore(problem, evaluations)
+            else:
+                evaluations.measure([row.argmax() for row in problem.allowed])
+                message = "there is only one pick"
         except Stop as stop:
             message = str(stop)
             if stop.__cause__ is not None:
@@ -366,7 +370,7 @@ class MeasuredSearch(ABC):
 
     @abstractmethod
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
-        """Measure picks of a problem that has feasible ones; returns why it ended.
+        """Measure picks of a problem that has feasible ones, and a choice between some; returns why it ended.
 
         All that is measured counts: nothing else is handed back. `Stop` passes through.
         """

@@ -1,5 +1,4 @@
 import importlib.util
-import itertools
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mpq.search import SOLVERS, Exhaustive, Ilp, Interaction, Knapsack, auto_sol
 from mpq.search.exhaustive import totals
 from mpq.search.local_search import LocalSearch
 from mpq.search.psd_bound import PsdBound, separable_bound
-from mpq.testing import SolverContract, random_problem
+from mpq.testing import SolverContract, feasible_picks, random_problem
 
 KINDS = ("gram", "indefinite", "whole")
 
@@ -55,13 +54,6 @@ def network(G, S=5, seed=0, share=0.4, rank=4):
     cost = np.round(rng.lognormal(5, 1, (G, 1))) * bits
     limit = cost[:, 0].sum() + share * (cost[:, -1] - cost[:, 0]).sum()
     return Problem(loss, (Constraint("size", "bits", cost, limit),), pairs)
-
-
-def feasible_picks(problem):
-    """All feasible picks ``[n, G]`` and their objectives, one by one."""
-    G, S = problem.loss.shape
-    picks = [p for p in itertools.product(range(S), repeat=G) if problem.feasible(p)]
-    return np.array(picks, int).reshape(-1, G), np.array([problem.objective(p) for p in picks])
 
 
 class InteractionContract(SolverContract):
@@ -127,11 +119,16 @@ class TestBranchingManyRows(InteractionContract):
 
 
 class TestExhaustive(InteractionContract):
+    """Held to trying one pick after the other."""
+
     rows, constraints = 2, 2
 
     @pytest.fixture
     def solver(self):
         return Exhaustive()
+
+    def least(self, problem):
+        return feasible_picks(problem)[1].min(initial=np.inf)
 
 
 def test_exhaustive_search_is_the_least_of_all_picks():
