@@ -171,13 +171,10 @@ class GlobalChoices:
         problem, measure = self.problem(budgets), measure_of(self, evaluate, False)
         described = "" if ledger is None else ledger_context(self.reference, measure, about)
         context = described and json.dumps([described, {k: list(v) for k, v in self._choices.options.items()}])
-        bar = open_bar("measured search of global choices", progress, evaluations)
-        try:
-            with Ledger(ledger, context) as kept:
-                spent = Evaluations(measure, limit=evaluations, seconds=seconds, ledger=kept, report=bar.update)
-                found = find_search(method, seed).search(problem, spent)
-        finally:
-            bar.close()
+        title = "measured search of global choices"
+        with open_bar(title, progress, evaluations) as bar, Ledger(ledger, context) as kept:
+            spent = Evaluations(measure, limit=evaluations, seconds=seconds, ledger=kept, report=bar.update)
+            found = find_search(method, seed).search(problem, spent)
         if found.status is Status.INFEASIBLE:
             asked = ", ".join(b.text for b in budgets)
             raise BudgetError(f"{asked} can't be met with every option; raise the budgets or take options out")

@@ -182,8 +182,9 @@ def search(
     budgets = parse_budgets(budget)
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
     measure = measure_of(analysis, evaluate, drop is not None)
-    bar = open_bar(f"measured search for {', '.join(b.text for b in budgets)}", progress, evaluations)
-    with Ledger(ledger, "" if ledger is None else ledger_context(analysis, measure, about)) as kept:
+    context = "" if ledger is None else ledger_context(analysis, measure, about)
+    title = f"measured search for {', '.join(b.text for b in budgets)}"
+    with open_bar(title, progress, evaluations) as bar, Ledger(ledger, context) as kept:
         spent = Evaluations(
             measure, limit=evaluations, seconds=seconds, ledger=kept, executor=executor, report=bar.update
         )
@@ -193,7 +194,6 @@ def search(
         else:
             analysis.solve(budgets, solver)  # says what is reachable if nothing is
             found = find_search(method, seed, analysis.space).search(analysis.problem(budgets), spent)
-    bar.close()
     if found.pick is None:
         raise BudgetError(f"no config was found: {found.message}; allow more evaluations or seconds")
     answer = solved(analysis.problem(), found.pick, -np.inf, found.seconds, found.search)

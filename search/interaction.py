@@ -15,7 +15,7 @@ from mpq.search.exhaustive import totals
 from mpq.search.ilp import Ilp
 from mpq.search.knapsack import Knapsack
 from mpq.search.lagrangian import relax
-from mpq.search.local_search import LocalSearch
+from mpq.search.local_search import LocalSearch, with_others
 from mpq.search.psd_bound import PsdBound, separable_bound
 from mpq.search.rows import fitting, named_prices
 
@@ -226,8 +226,8 @@ def separable_solver(problem: Problem, seconds: float = 60.0) -> Knapsack | Ilp:
 
 def _prices(search: LocalSearch, pick: Ints) -> dict[str, float]:
     """Dual prices of the linear relaxation with each group's interactions as they are with the others' choices."""
-    pairs = search.interactions[:, :, np.arange(len(pick)), pick].sum(2)
-    return named_prices(search.problem, relax(search.problem.loss + pairs, search.cost, search.limit).prices)
+    loss = search.problem.loss + with_others(search.problem, pick)
+    return named_prices(search.problem, relax(loss, search.cost, search.limit).prices)
 
 
 def _few(keep: Mask) -> bool:

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import mpq
 from mpq.errors import BudgetError, MpqError, UnreachableError
@@ -100,6 +101,20 @@ def test_search_with_a_function_and_another_method(measured):
         analysis.search(loss, "size<=1%", progress=False)
     with pytest.raises(BudgetError, match=r"no config was found: .* time limit"):
         analysis.search(loss, "size<=20%", seconds=-1, progress=False)
+
+
+def test_the_bar_is_closed_when_a_measurement_fails(measured, monkeypatch):
+    bar = tqdm(disable=True)
+    closed = []
+    monkeypatch.setattr(bar, "close", lambda: closed.append(True))
+    monkeypatch.setattr("mpq.studies.open_bar", lambda *_: bar)
+
+    def fail(config):
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        measured[0].search(fail, "size<=20%")
+    assert closed == [True]
 
 
 def test_pruned_by_early_batches(measured):
