@@ -57,6 +57,54 @@ def random_problem(rng: np.random.Generator, *, rows: int = 1, constraints: int 
     return Problem(loss, tuple(made))
 
 
+def separable_network(groups: int, schemes: int = 6, rows: int = 1, seed: int = 0, share: float = 0.4) -> Problem:
+    """A problem like that of a network, of any size: losses fall fourfold per bit.
+
+    Args:
+        groups: How many.
+        schemes: Of 2, 3, 4, 5, 6 and 8 bits.
+        rows: Limits: of size, then of latency, in which odd bits are slow, then of BitOps.
+        seed: Of everything random.
+        share: Limits, between the least and the most that can be used.
+    """
+    rng = np.random.default_rng(seed)
+    bits = np.array([2.0, 3, 4, 5, 6, 8])[:schemes]
+    loss = rng.lognormal(0, 2, (groups, 1)) * 4.0**-bits * rng.uniform(0.7, 1.3, (groups, schemes))
+    count = np.round(rng.lognormal(8, 1, (groups, 1)))
+    steps = np.array([1.0, 1.8, 1.2, 2.4, 2.6, 2.0])[:schemes]
+    costs = [
+        count * bits,
+        count**0.7 * rng.lognormal(0, 0.5, (groups, 1)) * steps,
+        count * rng.lognormal(3, 1, (groups, 1)) * bits**2,
+    ]
+    constraints = []
+    for name, cost in zip(("size", "latency", "bitops"), costs[:rows], strict=False):
+        low, high = cost.min(1).sum(), cost.max(1).sum()
+        constraints.append(Constraint(name, "", cost, np.array([low + share * (high - low)])))
+    return Problem(loss, tuple(constraints))
+
+
+def interacting_network(groups: int, schemes: int = 5, seed: int = 0, share: float = 0.4, rank: int = 4) -> Problem:
+    """A problem like that of a network whose errors fall with the bits and correlate between layers.
+
+    Args:
+        groups: How many.
+        schemes: Of 2, 3, 4, 6, 8 and 10 bits.
+        seed: Of everything random.
+        share: The limit of the size, between the least and the most.
+        rank: Of the interactions, in groups: they correlate more at low rank.
+    """
+    rng = np.random.default_rng(seed)
+    bits = np.array([2.0, 3, 4, 6, 8, 10])[:schemes]
+    factor = rng.standard_normal((rank * groups, groups, schemes)) * 2.0**-bits * rng.lognormal(0, 0.7, (groups, 1))
+    pairs = np.tensordot(factor, factor, (0, 0))
+    loss = np.einsum("gsgs->gs", pairs).copy() / 2
+    pairs[np.arange(groups), :, np.arange(groups)] = 0.0
+    cost = np.round(rng.lognormal(5, 1, (groups, 1))) * bits
+    limit = cost[:, 0].sum() + share * (cost[:, -1] - cost[:, 0]).sum()
+    return Problem(loss, (Constraint("size", "bits", cost, np.array([limit])),), pairs)
+
+
 def random_numbers(rng: np.random.Generator, kind: str, shape: Sequence[int]) -> Floats:
     """Numbers that solvers stumble over, of a kind in `KINDS`.
 

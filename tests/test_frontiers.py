@@ -18,7 +18,7 @@ from mpq.search import (
 )
 from mpq.search.exhaustive import totals
 from mpq.search.pareto import undominated
-from mpq.testing import KINDS, random_numbers, random_problem
+from mpq.testing import KINDS, interacting_network, random_numbers, random_problem
 
 
 def all_points(problem, costs):
@@ -37,14 +37,9 @@ def brute(points):
 
 
 def interacting(G, S, seed=0):
-    """Errors that fall with the bits and correlate between groups; no constraint, and a cost."""
-    rng = np.random.default_rng(seed)
-    bits = np.array([2.0, 3, 4, 6, 8])[:S]
-    factor = rng.standard_normal((2 * G, G, S)) * 2.0**-bits * rng.lognormal(0, 0.7, (G, 1))
-    pairs = np.tensordot(factor, factor, (0, 0))
-    loss = np.einsum("gsgs->gs", pairs).copy() / 2
-    pairs[np.arange(G), :, np.arange(G)] = 0.0
-    return Problem(loss, (), pairs), np.round(rng.lognormal(5, 1, (G, 1))) * bits
+    """A network without a limit, and its sizes."""
+    problem = interacting_network(G, S, seed, rank=2)
+    return Problem(problem.loss, (), problem.interactions), problem.constraints[0].cost[..., 0]
 
 
 def test_exact_frontier_equals_brute_force_on_200_problems():

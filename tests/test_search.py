@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Exhaustive, Ilp, Knapsack, auto_solver, convex_frontier, exact_frontier
-from mpq.testing import SolverContract, feasible_picks, random_problem
+from mpq.testing import SolverContract, feasible_picks, random_problem, separable_network
 
 
 class TestKnapsack(SolverContract):
@@ -73,11 +73,7 @@ def test_cut_short_knapsack_is_feasible_with_a_valid_bound(seed, states):
 
 
 def test_large_problem_is_proven_optimal_against_the_ilp():
-    rng = np.random.default_rng(0)
-    G, bits = 300, np.array([2, 3, 4, 6, 8.0])
-    loss = rng.lognormal(0, 2, (G, 1)) * 4.0**-bits * rng.uniform(0.7, 1.3, (G, 5))
-    cost = np.round(rng.lognormal(8, 1, (G, 1))) * bits
-    problem = Problem(loss, (Constraint("size", "bits", cost, cost[:, 0].sum() * 2),))
+    problem = separable_network(300)
     knapsack, ilp = Knapsack().solve(problem), Ilp().solve(problem)
     assert knapsack.status is ilp.status is Status.OPTIMAL
     assert knapsack.gap == 0
