@@ -47,6 +47,16 @@ class Interaction:
         time_limit: Seconds. Work is counted so that it usually ends before; then the same seed gives the same answer.
         restarts: Kicks of the local search; large problems do fewer.
         seed: Random seed of the kicks.
+
+    Example:
+        Errors of the two groups cancel if both have their second scheme.
+
+        >>> from mpq.problem import Problem
+        >>> pairs = np.zeros((2, 2, 2, 2))
+        >>> pairs[0, 1, 1, 1] = pairs[1, 1, 0, 1] = -0.5
+        >>> solution = Interaction().solve(Problem([[0.1, 0.3], [0.1, 0.2]], (), pairs))
+        >>> solution.pick.tolist(), round(solution.objective, 12), solution.status.value
+        ([1, 1], 0.0, 'optimal')
     """
 
     time_limit: float = 10.0

@@ -41,6 +41,20 @@ class Refine(MeasuredSearch):
         handful: Evaluations before it may end: a model of fewer can't tell.
         batch: Picks measured at once, for executors.
         drafts: Draws from the posterior for each batch.
+
+    Example:
+        The prediction is wrong about the third group; a few measurements say so.
+
+        >>> from mpq.problem import Constraint, Problem
+        >>> from mpq.search import Evaluations
+        >>> bits = np.array([2.0, 4.0, 8.0])
+        >>> size = Constraint("size", "bits", np.tile(bits, (5, 1)), 20.0)
+        >>> problem = Problem(np.outer([1.0, 2.0, 4.0, 8.0, 16.0], 4.0**-bits), (size,))
+        >>> def measure(pick):
+        ...     return float(np.dot([1.0, 2.0, 50.0, 8.0, 16.0], 4.0 ** -bits[pick]))
+        >>> found = Refine().search(problem, Evaluations(measure, limit=12))
+        >>> found.pick.tolist(), bool(found.loss < found.trace.losses[0])
+        ([0, 0, 2, 1, 1], True)
     """
 
     seed: int = 0
