@@ -85,6 +85,16 @@ class GlobalChoices:
 
     Raises:
         MpqError: If a choice is unknown, or no kernel runs one of its options.
+
+    Example:
+        >>> from mpq.bundled import load_example
+        >>> from mpq.evaluation import Evaluator
+        >>> model, calib, test = load_example()
+        >>> options = {"granularity": ("tensor", "channel"), "activation_range": ("percentile:90", "mse")}
+        >>> choices = GlobalChoices(model, calib[:1], options, "W4A8", estimator="weight_sqnr", progress=False)
+        >>> evaluator = Evaluator(model, test[:1], progress=False)
+        >>> choices.search(evaluator, evaluations=4, progress=False).settings
+        {'granularity': 'channel', 'activation_range': 'mse'}
     """
 
     def __init__(

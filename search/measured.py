@@ -358,7 +358,7 @@ class MeasuredSearch(ABC):
             if (problem.allowed.sum(1) > 1).any():
                 message = self.explore(problem, evaluations)
             else:
-                evaluations.measure([row.argmax() for row in problem.allowed])
+                evaluations.measure([[row.argmax() for row in problem.allowed]])
                 message = "there is only one pick"
         except Stop as stop:
             message = str(stop)

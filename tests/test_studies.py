@@ -7,8 +7,9 @@ import torch
 from tqdm import tqdm
 
 import mpq
+from mpq.analysis import Analysis
 from mpq.errors import BudgetError, MpqError, UnreachableError
-from mpq.search import Genetic, OptunaSearch, Refine
+from mpq.search import SEARCHES, Genetic, OptunaSearch, Refine
 from mpq.studies import measure_of
 from mpq.testing import tiny_network
 
@@ -101,6 +102,12 @@ def test_search_with_a_function_and_another_method(measured):
         analysis.search(loss, "size<=1%", progress=False)
     with pytest.raises(BudgetError, match=r"no config was found: .* time limit"):
         analysis.search(loss, "size<=20%", seconds=-1, progress=False)
+
+
+def test_the_documentation_names_every_method_and_what_needs_an_extra():
+    core, extra = Analysis.search.__doc__.split("method:")[1].split("or a search")[0].split("with the extra")
+    for name, search in SEARCHES.items():
+        assert f"``{name}``" in (extra if search.needs else core)
 
 
 def test_the_bar_is_closed_when_a_measurement_fails(measured, monkeypatch):
