@@ -91,8 +91,8 @@ class GlobalChoices:
         >>> from mpq.evaluation import Evaluator
         >>> model, calib, test = load_example()
         >>> options = {"granularity": ("tensor", "channel"), "activation_range": ("percentile:90", "mse")}
-        >>> choices = GlobalChoices(model, calib[:1], options, "W4A8", estimator="weight_sqnr", progress=False)
-        >>> evaluator = Evaluator(model, test[:1], progress=False)
+        >>> choices = GlobalChoices(model, [calib[0][0][:32]], options, "W4A8", estimator="weight_sqnr", progress=False)
+        >>> evaluator = Evaluator(model, [(x[:64], y[:64]) for x, y in test[:1]], progress=False)
         >>> choices.search(evaluator, evaluations=4, progress=False).settings
         {'granularity': 'channel', 'activation_range': 'mse'}
     """
@@ -125,8 +125,8 @@ class GlobalChoices:
         return self._choices.of(pick)
 
     def analysis(self, settings: Mapping[str, Any]) -> Analysis:
-        """The network calibrated with settings, its losses predicted with the first options."""
-        key = tuple(settings.values())
+        """The network calibrated with an option for each choice, its losses predicted with the first options."""
+        key = tuple(settings[name] for name in self._first)
         if key not in self._known:
             self._known[key] = self._analyzed(settings, estimator=self._predicted_with_first_options)
         return self._known[key]
