@@ -44,6 +44,14 @@ class Ilp:
             matters more than the limit: as long as there is none, the search for a first one goes on, for 10 seconds
             more at most.
         seed: Random seed of HiGHS.
+
+    Example:
+        >>> from mpq.problem import Constraint, Problem
+        >>> loss, size, time = [[0.9, 0.2, 0.0], [0.5, 0.1, 0.0]], [[2, 4, 8], [20, 40, 80]], [[1, 1, 3], [2, 2, 5]]
+        >>> limits = Constraint("size", "bits", size, 50), Constraint("latency", "ms", time, 4)
+        >>> solution = Ilp().solve(Problem(loss, limits))
+        >>> solution.pick.tolist(), solution.gap, solution.status.value
+        ([1, 1], 0.0, 'optimal')
     """
 
     time_limit: float = 60.0

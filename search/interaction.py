@@ -15,7 +15,7 @@ from mpq.search.exhaustive import totals
 from mpq.search.ilp import Ilp
 from mpq.search.knapsack import Knapsack
 from mpq.search.lagrangian import relax
-from mpq.search.local_search import LocalSearch
+from mpq.search.local_search import LocalSearch, with_others
 from mpq.search.psd_bound import PsdBound, separable_bound
 from mpq.search.rows import fitting, named_prices
 
@@ -48,6 +48,16 @@ class Interaction:
             As with `Ilp`, a first feasible pick is looked for beyond it.
         restarts: Kicks of the local search; large problems do fewer.
         seed: Random seed of the kicks.
+
+    Example:
+        Errors of the two groups cancel if both have their second scheme.
+
+        >>> from mpq.problem import Problem
+        >>> pairs = np.zeros((2, 2, 2, 2))
+        >>> pairs[0, 1, 1, 1] = pairs[1, 1, 0, 1] = -0.5
+        >>> solution = Interaction().solve(Problem([[0.1, 0.3], [0.1, 0.2]], (), pairs))
+        >>> solution.pick.tolist(), round(solution.objective, 12), solution.status.value
+        ([1, 1], 0.0, 'optimal')
     """
 
     time_limit: float = 10.0
@@ -232,9 +242,8 @@ def solver_for(problem: Problem, seconds: float) -> Knapsack | Ilp | Interaction
 
 def _prices(search: LocalSearch, pick: Ints, deadline: float) -> dict[str, float]:
     """Dual prices of the linear relaxation with each group's interactions as they are with the others' choices."""
-    pairs = search.interactions[:, :, np.arange(len(pick)), pick].sum(2)
-    relaxed = relax(search.problem.loss + pairs, search.cost, search.limit, deadline)
-    return named_prices(search.problem, relaxed.prices)
+    loss = search.problem.loss + with_others(search.problem, pick)
+    return named_prices(search.problem, relax(loss, search.cost, search.limit, deadline).prices)
 
 
 def _few(keep: Mask) -> bool:

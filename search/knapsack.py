@@ -33,6 +33,13 @@ class Knapsack:
     Attributes:
         time_limit: Seconds, after which the best pick and its bound are returned as `FEASIBLE`.
         max_states: Likewise, a limit on the states of the dynamic program.
+
+    Example:
+        >>> from mpq.problem import Constraint, Problem
+        >>> loss, size = [[0.9, 0.2, 0.0], [0.5, 0.1, 0.0]], [[2, 4, 8], [20, 40, 80]]
+        >>> solution = Knapsack().solve(Problem(loss, (Constraint("size", "bits", size, 50),)))
+        >>> solution.pick.tolist(), solution.objective, solution.usage["size"].tolist(), solution.status.value
+        ([2, 1], 0.1, [48.0], 'optimal')
     """
 
     time_limit: float = 60.0

@@ -206,6 +206,18 @@ class Evaluations:
             raise Stop(f"the limit of {self.limit:g} evaluations is reached")
         return np.array([self._losses[self._seen[p.tobytes()]] for p in wanted])
 
+    def noise(self, one: Ints, other: Ints) -> float | None:
+        """Standard error of the difference of two measured picks' losses; None if the measurement can't tell.
+
+        Raises:
+            Stop: If telling it takes a measurement that fails.
+        """
+        tell = getattr(self._measure, "noise", None)
+        try:
+            return None if tell is None else tell(one, other)
+        except Exception as error:
+            raise Stop(_failed(error)) from error
+
     def recall(self) -> None:
         """Take over all evaluations in the ledger, which may come from other processes and other searches."""
         for pick, loss in zip(*self._ledger.all(), strict=True):
@@ -365,7 +377,11 @@ class MeasuredSearch(ABC):
             none, seconds = evaluations.trace, time.perf_counter() - started
             return MeasuredSolution(first.status, None, np.inf, np.inf, {}, none, seconds, self.name, first.message)
         try:
-            message = self.explore(problem, evaluations)
+            if (problem.allowed.sum(1) > 1).any():
+                message = self.explore(problem, evaluations)
+            else:
+                evaluations.measure([[row.argmax() for row in problem.allowed]])
+                message = "there is only one pick"
         except Stop as stop:
             message = str(stop)
             if stop.__cause__ is not None:
@@ -376,7 +392,7 @@ class MeasuredSearch(ABC):
 
     @abstractmethod
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
-        """Measure picks of a problem that has feasible ones; returns why it ended.
+        """Measure picks of a problem that has feasible ones, and a choice between some; returns why it ended.
 
         All that is measured counts: nothing else is handed back. `Stop` passes through.
         """

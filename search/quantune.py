@@ -38,6 +38,20 @@ class Quantune(MeasuredSearch):
         seeded: The trees correct the predicted losses, and half of the initial picks are of the predicted frontier;
             else nothing is known in advance and all of those are random.
         earlier: Studies of other models.
+
+    Example:
+        Trees that know nothing of the losses in advance.
+
+        >>> from mpq.problem import Constraint, Problem
+        >>> from mpq.search import Evaluations
+        >>> bits = np.array([2.0, 4.0, 8.0])
+        >>> size = Constraint("size", "bits", np.tile(bits, (5, 1)), 20.0)
+        >>> problem = Problem(np.outer([1.0, 2.0, 4.0, 8.0, 16.0], 4.0**-bits), (size,))
+        >>> def measure(pick):
+        ...     return float(np.dot([1.0, 2.0, 50.0, 8.0, 16.0], 4.0 ** -bits[pick]))
+        >>> found = Quantune(seeded=False, initial=8).search(problem, Evaluations(measure, limit=40))
+        >>> found.evaluations, found.pick.tolist()
+        (40, [0, 0, 2, 1, 1])
     """
 
     seed: int = 0
