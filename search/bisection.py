@@ -11,9 +11,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem, Solution, Status
+from mpq.search.evaluations import Evaluations, Stop
 from mpq.search.ilp import Ilp
 from mpq.search.interaction import Interaction
-from mpq.search.measured import Evaluations, MeasuredSolution, Stop
+from mpq.search.measured import MeasuredSolution
 
 _INNER = 0.1  # a guess stays away from the ends of its interval by this share of it
 _DISTANCES = (0.01, 0.03, 0.1, 0.3)  # of the checks below the answer, in shares of the range of costs

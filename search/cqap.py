@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from mpq.problem import Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.measured import MeasuredSearch
 from mpq.search.surrogate import Attributes, best_predicted, training_picks
 
 _CROWDING = 4.0  # what is searched lies at the limits

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.interaction import Interaction
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.measured import MeasuredSearch
 from mpq.search.pareto import convex_frontier
 from mpq.search.rows import limit_shares
 

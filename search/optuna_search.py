@@ -16,9 +16,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import predicted_optimum, used_shares
-from mpq.search.measured import Evaluations, MeasuredSearch, check_batch
+from mpq.search.measured import MeasuredSearch, check_batch
 from mpq.search.rows import limit_shares
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import Genetic
 from mpq.search.logs import logarithms, predicted_shares
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.measured import MeasuredSearch
 from mpq.search.surrogate import EarlierStudy, best_predicted
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from mpq.problem import Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
-from mpq.search.measured import Evaluations, MeasuredSearch, check_batch
+from mpq.search.measured import MeasuredSearch, check_batch
 
 _TRIES = 1000  # draws without a new pick after which all are taken to be known
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Ints, Problem
+from mpq.search.evaluations import Evaluations, Trace
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.interaction import Interaction, separable_solver, symmetric
 from mpq.search.local_search import LocalSearch
 from mpq.search.logs import logarithms
-from mpq.search.measured import Evaluations, MeasuredSearch, Trace
+from mpq.search.measured import MeasuredSearch
 
 if TYPE_CHECKING:
     from mpq.search.residual import ResidualModel

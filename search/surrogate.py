@@ -12,10 +12,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import evolve
 from mpq.search.ledger import Ledger
-from mpq.search.measured import Evaluations
 
 Predict = Callable[[Ints], Floats]
 """Predicted logarithms of the losses ``[K]`` of picks ``[K, G]``."""

@@ -10,9 +10,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem
+from mpq.search.evaluations import Evaluations, Stop
 from mpq.search.feasibility import least_usage
 from mpq.search.feasible import roomiest
-from mpq.search.measured import Evaluations, MeasuredSearch, Stop
+from mpq.search.measured import MeasuredSearch
 from mpq.search.refine import Refine
 
 

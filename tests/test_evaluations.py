@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Evaluations, Exhaustive, Ledger, RandomSearch
+from mpq.search.evaluations import Stop
 from mpq.search.feasible import FeasiblePicks, roomiest
-from mpq.search.measured import Stop
 from mpq.testing import random_problem
 
 
