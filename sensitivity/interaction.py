@@ -19,6 +19,7 @@ from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
 from mpq.sensitivity.capture import table_of
+from mpq.sensitivity.options import check_values
 from mpq.sensitivity.perturbation import (
     check_finite,
     float_recording,
@@ -191,8 +192,7 @@ def shapley(
         DataError: If a measured loss is NaN or infinite.
         MpqError: If an option is out of range or the baseline is no scheme of the space.
     """
-    if permutations < 1 or (shrinkage is not None and not 0 <= shrinkage <= 1):
-        raise MpqError(f"permutations must be at least 1 and shrinkage in 0..1, not {permutations} and {shrinkage}")
+    check_values(permutations=permutations, shrinkage=shrinkage)
     start, ends = _ladder(space, baseline)
     orders, complete = _orders(len(start), permutations, np.random.default_rng(seed))
     unquantized = (_FLOAT,) * len(start)

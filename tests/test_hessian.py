@@ -366,7 +366,7 @@ def test_the_largest_eigenvalue_is_meant_even_if_others_are_larger_in_size():
 def test_unconverged_eigenvalues_are_named():
     table = top_eigenvalue(*parts("conv"), KLLoss(), iterations=2, tolerance=1e-8, progress=False)
     assert table.provenance["unconverged"] == ["0", "2", "5"]
-    with pytest.raises(mpq.MpqError, match="tolerance must be positive"):
+    with pytest.raises(mpq.MpqError, match="tolerance must be above 0, not 0"):
         top_eigenvalue(*parts("conv"), KLLoss(), tolerance=0, progress=False)
     with pytest.raises(mpq.MpqError, match="has no eigenvalues; use top_eigenvalue"):
         hawq_order(hessian_trace(*parts("linear"), KLLoss(), progress=False))
