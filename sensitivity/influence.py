@@ -26,6 +26,7 @@ from mpq.losses import OutputLoss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
+from mpq.sensitivity.aggregate import standard_error
 from mpq.sensitivity.collector import Collector
 from mpq.sensitivity.rows import MIXED, Layouts, check_reached, find_layouts
 from mpq.sensitivity.table import SensitivityTable
@@ -205,11 +206,11 @@ def _table(space: SearchSpace, effects: list[Floats], mixed: set[str], provenanc
     # Each sample's share of the mean loss: half its squared effects, summed over draws [N, G, S].
     shares: Floats = np.concatenate([0.5 * np.square(e).sum(1) for e in grouped])
     samples = len(shares)
-    stderr = _standard_error(shares)
+    stderr = standard_error(shares)
     over_batches = [g for g, group in enumerate(space.groups) if mixed & {x.name for x in group.layers}]
     if over_batches:
         means = np.stack([0.5 * np.square(e[:, :, over_batches]).sum((0, 1)) * len(grouped) for e in grouped]) / samples
-        stderr[over_batches] = _standard_error(means)
+        stderr[over_batches] = standard_error(means)
     rows = _same_draws(grouped)
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
     return SensitivityTable(*names, shares.mean(0), stderr, second_order(rows)[1], rows, provenance=provenance)
@@ -241,10 +242,3 @@ def second_order(rows: Floats) -> tuple[Floats, Floats]:
     share = float(np.clip(1 - noise / signal, 0, 1)) if signal > 0 else 0.0
     interactions: Floats = np.where(between, share * products, 0).reshape(G, S, G, S)
     return losses.reshape(G, S), interactions
-
-
-def _standard_error(values: Floats) -> Floats:
-    """Standard error of the mean over the first axis; NaN for a single row."""
-    rows = len(values)
-    result: Floats = values.std(0, ddof=1) / rows**0.5 if rows > 1 else np.full(values.shape[1:], np.nan)
-    return result

@@ -16,10 +16,10 @@ from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, MpqError
 from mpq.layers import LayerGroup
 from mpq.losses import KLLoss, MSELoss, OutputLoss, check_finite_output, logits_of, resolve_loss
-from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat, Scheme
-from mpq.sensitivity.capture import table_of
+from mpq.sensitivity.aggregate import standard_error
+from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.prefix import Recording
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
@@ -66,8 +66,8 @@ def perturbation(
         progress: Show a bar.
 
     Returns:
-        A table without interactions, zero where a loss fell. Standard errors are those over samples; over batches for
-        a loss that returns one mean for the batch.
+        A table without interactions, zero where a loss fell (``provenance["negative_losses"]``). Standard errors are
+        those over samples; over batches for a loss that returns one mean for the batch.
 
     Raises:
         DataError: If an output of the float model or a measured value is NaN or infinite.
@@ -88,9 +88,10 @@ def perturbation(
         rows[number][:, g] = values.numpy()
     shares = np.concatenate(rows)
     parts = shares if all(by_sample) else np.stack([r.sum(0) for r in rows]) * len(rows) / len(shares)
-    losses, stderr, cost = np.maximum(shares.mean(0), 0), standard_error(parts), 1 + space.allowed.size
-    unit = loss.name if measure == "loss" else measure
-    return table_of(space, losses, stderr, "perturbation", cost, loss=loss.name, measure=measure, unit=unit)
+    losses, negative = cut_below_zero(space, shares.mean(0))
+    options = {"loss": loss.name, "measure": measure, "unit": loss.name if measure == "loss" else measure}
+    cost, stderr = 1 + space.allowed.size, standard_error(parts)
+    return table_of(space, losses, stderr, "perturbation", cost, negative_losses=negative, **options)
 
 
 def _measured(
@@ -190,13 +191,6 @@ def check_finite(values: Tensor, choices: Iterable[tuple[LayerGroup, Scheme]]) -
     if not torch.isfinite(values).all():
         what = " and ".join(f"layer {group.name!r} at {scheme}" for group, scheme in choices)
         raise DataError(f"the loss measured with {what} is NaN or infinite; leave that scheme out or check the loss")
-
-
-def standard_error(values: Floats) -> Floats:
-    """Standard error of the mean over the first axis; NaN for a single row."""
-    rows = len(values)
-    found: Floats = values.std(0, ddof=1) / rows**0.5 if rows > 1 else np.full(values.shape[1:], np.nan)
-    return found
 
 
 def smallest_precision(
