@@ -38,7 +38,8 @@ CLASSICS: dict[str, Any] = {
     "top eigenvalue": "top_eigenvalue",
     "FIT": "fisher_trace",
     "SQNR": "weight_sqnr",
-    "|w*g|": "gradient_saliency",
+    "|w*g|": "weight_importance",
+    "|g*(Q(w)-w)|": "gradient_saliency",
     "squared gradient": "squared_gradient",
 }
 

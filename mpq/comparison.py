@@ -210,8 +210,8 @@ def compare(
 
     analysis = next(iter(analyses.values()))
     # Not the analysis's own space: what its estimator could not score is narrowed there, and others could.
-    own, given = analysis.space, analysis.provenance
-    space = make_space(own.graph, given["schemes"], **given["constraints"], device=own.device)
+    narrowed, given = analysis.space, analysis.provenance
+    space = make_space(narrowed.graph, given["schemes"], **given["constraints"], device=narrowed.device)
     rng = np.random.default_rng(seed)
     drawing = RandomConfigs(replace(analysis, space=space), evaluator.measure, glance, configs, loss_range, rng)
     found = list(progress_bar(drawing, "configs", progress, configs))

@@ -18,7 +18,7 @@ _GIVEN = 5  # view, space, data, bank and loss come from the analysis
 
 def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
     def fits(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+        return isinstance(value, Integral) and type(value) is not bool and int(value) >= least
 
     return fits, f"a whole number of at least {least}"
 

@@ -13,6 +13,7 @@ from mpq.sensitivity.fisher_trace import fisher_trace
 from mpq.sensitivity.labels import label_losses
 from mpq.sensitivity.saliency import gradient_saliency, output_channel_salience
 from mpq.sensitivity.squared_gradient import squared_gradient
+from mpq.sensitivity.weight_importance import weight_importance
 from mpq.space import layer_scheme
 from mpq.testing import EstimatorContract, dense_hessian, prepared, tiny_networks
 from mpq.trees import map_tensors, tensors_in
@@ -20,7 +21,7 @@ from mpq.view import channels_first, preserved_state
 
 NETWORKS = tiny_networks()
 SCHEMES = "W2A4,W4A8"
-GRADIENT_ESTIMATORS = [fisher_trace, squared_gradient, gradient_saliency, output_channel_salience]
+GRADIENT_ESTIMATORS = [fisher_trace, squared_gradient, gradient_saliency, output_channel_salience, weight_importance]
 
 
 class TestContract(EstimatorContract):
@@ -275,6 +276,38 @@ def test_gradient_saliency_equals_plain_autograd(name, labels):
     assert ((table.stderr == 0) if labels == "true" else (table.stderr > 0)).all()
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("labels", ["true", "probe"])
+def test_weight_importance_equals_plain_autograd(name, labels):
+    net, data = NETWORKS[name]
+    setup = view, space, calib, bank = prepared(net, labelled(data), "W2A4,W4A8")
+    table = run(weight_importance, setup, KLLoss(), labels=labels, draws=2, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    names = [x.name for x in space.layers]
+    importance, draws = dict.fromkeys(names, 0.0), 1 if labels == "true" else 2
+    for batch in calib.batches:
+        weights = {n: view.weight(n).detach().requires_grad_() for n in names}
+        with view.swapped(weights):
+            output = view(batch)
+        for _ in range(draws):
+            if labels == "true":
+                scalar = F.cross_entropy(output, batch.labels, reduction="sum")
+            else:
+                scalar = batch.size**0.5 * KLLoss().probe(output, batch, generator)
+            for n, g in zip(names, torch.autograd.grad(scalar, weights.values(), retain_graph=True), strict=True):
+                importance[n] += (weights[n] * g).abs().sum().item() / draws / calib.num_samples
+
+    def score(layer, scheme):
+        weight = view.weight(layer.name)
+        noise = (bank.weight(layer, scheme.weight) - weight).square().sum() / weight.square().sum()
+        return importance[layer.name] * noise.item()
+
+    expected = [[sum(score(x, s) for x in g.layers) for s in space.schemes] for g in space.groups]
+    np.testing.assert_allclose(table.loss, expected, rtol=1e-8)
+    assert ((table.stderr == 0) if labels == "true" else (table.stderr > 0)).all()
+    assert table.provenance["forward_passes"] == 1 + 2 * draws
+
+
 def test_an_input_read_twice_counts_once_with_both_gradients():
     torch.manual_seed(0)
     net = Overwriting().double()
@@ -314,7 +347,7 @@ def test_missing_or_unfit_labels_are_named(estimator):
         run(estimator, prepared(net, tokens, "W2"), KLLoss(), labels="true")
 
 
-@pytest.mark.parametrize("estimator", [fisher_trace, gradient_saliency, output_channel_salience])
+@pytest.mark.parametrize("estimator", [fisher_trace, gradient_saliency, output_channel_salience, weight_importance])
 def test_a_mean_over_samples_is_refused_where_it_hides_them(estimator):
     net, data = NETWORKS["linear"]
     mean = CallableLoss(lambda output, batch: output.square().mean())
