@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mpq.errors import MpqError
 
@@ -18,7 +20,7 @@ _GIVEN = 5  # view, space, data, bank and loss come from the analysis
 
 def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
     def fits(value: Any) -> bool:
-        return isinstance(value, Integral) and type(value) is not bool and int(value) >= least
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
     return fits, f"a whole number of at least {least}"
 
