@@ -243,9 +243,10 @@ def test_noise_standard_errors_cover_the_closed_form():
     setup = view, space, calib, bank = prepared(net, [torch.randn(4, 3, dtype=torch.float64)], "W2")
     power = calib.batches[0].args[0].square().mean(0)
     truth = (channel_power(view, bank, space.layers[0], space.schemes[0].weight) @ power).mean().item()
-    tables = [run(noise, setup, MSELoss(), draws=16, seed=seed) for seed in range(200)]
-    inside = np.mean([abs(t.loss[0, 0] - truth) < 2 * t.stderr[0, 0] for t in tables])
-    assert 0.88 < inside < 0.98
+    tables = [run(noise, setup, MSELoss(), draws=20, seed=seed) for seed in range(200)]
+    off = np.array([(t.loss[0, 0] - truth) / t.stderr[0, 0] for t in tables])
+    assert np.abs(off).max() < 4
+    assert 0.88 < (np.abs(off) < 2).mean() < 0.98
 
 
 def test_noise_in_inputs_has_the_power_of_their_rounding():
