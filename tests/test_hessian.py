@@ -26,12 +26,6 @@ NETWORKS = pytest.mark.parametrize("name", list(tiny_networks()))
 METHODS = "gauss_newton", "hutchinson", "blocks", "hutch++"
 
 
-class TestGaussNewton(EstimatorContract):
-    @pytest.fixture
-    def estimator(self):
-        return "hessian_trace"
-
-
 class TestHutchinson(EstimatorContract):
     @pytest.fixture(params=METHODS[1:])
     def estimator(self, request):
@@ -44,12 +38,6 @@ class TestActivations(EstimatorContract):
     @pytest.fixture
     def estimator(self):
         return "hessian_trace"
-
-
-class TestTopEigenvalue(EstimatorContract):
-    @pytest.fixture
-    def estimator(self):
-        return top_eigenvalue
 
 
 def parts(name, schemes="W2,W4"):

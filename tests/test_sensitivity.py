@@ -12,20 +12,8 @@ from mpq.errors import ConfigError, DataError, MpqError
 from mpq.losses import KLLoss, MSELoss, resolve_loss
 from mpq.sensitivity import SensitivityTable, influence
 from mpq.space import layer_scheme
-from mpq.testing import EstimatorContract, dense_hessian, prepared, tiny_network, tiny_networks
+from mpq.testing import dense_hessian, prepared, tiny_network, tiny_networks
 from mpq.view import preserved_state
-
-
-class TestAnchored(EstimatorContract):
-    @pytest.fixture
-    def estimator(self):
-        return "anchored"
-
-
-class TestInfluence(EstimatorContract):
-    @pytest.fixture
-    def estimator(self):
-        return "influence"
 
 
 def output_hessian(loss, z):
