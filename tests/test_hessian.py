@@ -270,7 +270,7 @@ def test_gauss_newton_of_a_callable_loss_is_the_empirical_fisher():
         ({"method": "blocks", "exact": True}, "use gauss_newton"),
         ({"distribution": "uniform"}, "use 'rademacher' or 'gaussian'"),
         ({"probes": 0}, "at least 1, not 0"),
-        ({"tolerance": 0.0}, "a positive share"),
+        ({"tolerance": 0.0}, "tolerance must be above 0"),
     ],
 )
 def test_bad_options_are_refused(options, message):
