@@ -1,46 +1,143 @@
-"""Device profiles: which pairs of weight and activation formats have a kernel. Data files with sources."""
+"""Device profiles: what a target runs, how fast, and where each figure comes from. Data files checked by a schema."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+import jsonschema
 
 from mpq.errors import FormatError
 from mpq.quantizers.formats import NumberFormat, Scheme
 
 
 @dataclass(frozen=True)
-class Device:
-    """What a target can run.
+class Kernel:
+    """One pair of formats that a device runs.
 
     Attributes:
-        name: Name of the profile.
-        description: One line.
-        kernels: Pairs of weight and activation formats, by base name (``int8``, ``fp16``; ``float`` means that the
-            activation is not quantized). Empty: everything runs.
-        source: Where the figures come from.
+        weight: Base name of the weight's format (``int8``, ``fp16``).
+        activation: Base name of the activation's format; ``float`` means that it is not quantized.
+        peak: Multiply-accumulates per second of the whole device, None where no figure is known.
+        runs_as: The pair that does the arithmetic, where the device has no instruction for this one: weights are
+            stored in their own format and widened on the way (``int4`` weights on an int8 dot product).
+        widen: Weight elements per second that can be widened; None where it costs nothing beside the arithmetic.
+    """
+
+    weight: str
+    activation: str
+    peak: float | None = None
+    runs_as: tuple[str, str] | None = None
+    widen: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One level of memory, the outermost last.
+
+    Attributes:
+        name: ``dram``, ``l2``, ``vtcm``, ...
+        size_bytes: What it holds.
+        bandwidth: Bytes per second.
     """
 
     name: str
+    size_bytes: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is run on a device.
+
+    Attributes:
+        batch: Samples at once.
+        phase: ``prefill`` (all tokens at once; also what a network without tokens does) or ``decode`` (one token).
+        tokens: Tokens of a sample; None as in the calibration data.
+        context: Tokens that are already in the key-value cache.
+    """
+
+    batch: int = 1
+    phase: str = "prefill"
+    tokens: int | None = None
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """A target.
+
+    Attributes:
+        name: Name of the profile.
+        kind: Which cost model reads it: ``generic`` (none), ``gpu``, ``cpu``, ``dsp``, ``fpga``, ``array``, ``table``.
+        description: One line.
+        kernels: Supported pairs of formats. Empty: everything runs.
+        float_format: What tensors that stay float are kept and computed in.
+        memory: Its levels of memory, innermost first.
+        figures: Everything else that the cost model of its kind reads, as the schema names it.
+        sources: Name of a figure -> where it comes from.
+        setting: How the network is run.
+        alignment: Bytes; each weight tensor takes a multiple of it.
+    """
+
+    name: str
+    kind: str
     description: str
-    kernels: tuple[tuple[str, str], ...]
-    source: str
+    kernels: tuple[Kernel, ...]
+    float_format: str = "fp32"
+    memory: tuple[Memory, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+    setting: Setting = Setting()
+    alignment: int = 1
+
+    def kernel(self, scheme: Scheme) -> Kernel | None:
+        """The kernel that runs a layer with this scheme; None where there is none, or no figures at all."""
+        weight, activation = base_name(scheme.weight), base_name(scheme.activation)
+        names = {activation} if scheme.activation is not None else {"float", self.float_format}
+        return next((k for k in self.kernels if k.weight == weight and k.activation in names), None)
 
     def supports(self, scheme: Scheme) -> bool:
         """Whether a layer with this scheme has a kernel here."""
-        pair = (_base(scheme.weight), _base(scheme.activation))
-        return not self.kernels or pair in self.kernels
+        return not self.kernels or self.kernel(scheme) is not None
 
     def kernel_names(self) -> str:
         """The supported pairs in words."""
-        return ", ".join(f"{w} x {a}" for w, a in self.kernels) or "every scheme"
+        found: dict[str, list[str]] = {}
+        for k in self.kernels:
+            found.setdefault(k.weight, []).append(k.activation)
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for weight, activations in found.items():
+            rows.setdefault(tuple(activations), []).append(weight)
+        return ", ".join(f"{_runs(weights)} x {_runs(acts)}" for acts, weights in rows.items()) or "every scheme"
+
+    def at(self, **changes: Any) -> Device:
+        """The same device with another `Setting`: ``device.at(batch=8, phase="decode")``."""
+        return replace(self, setting=replace(self.setting, **changes))
 
 
-def _base(fmt: NumberFormat | None) -> str:
+def _runs(names: Sequence[str]) -> str:
+    """Names joined, with runs of three or more integer formats as ``int2 to int8``."""
+    found: list[list[str]] = []
+    for name in names:
+        last = found[-1][-1] if found else ""
+        follows = name.startswith("int") and last.startswith("int") and int(name[3:]) == int(last[3:]) + 1
+        if follows:
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return "/".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else "/".join(run) for run in found)
+
+
+def base_name(fmt: NumberFormat | None) -> str:
+    """Name of a format without its options; ``float`` for what is not quantized."""
     return "float" if fmt is None else fmt.name.split(":")[0]
 
 
@@ -49,24 +146,85 @@ def all_devices() -> dict[str, Device]:
     """All shipped profiles by name."""
     folder = resources.files("mpq.cost_models")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return {d.name: d for d in (_read(json.loads(f.read_text("utf8"))) for f in files)}
+    return {d.name: d for d in (_parse(f.read_text("utf8"), f.name) for f in files)}
 
 
-def _read(data: dict[str, Any]) -> Device:
-    kernels = tuple((k["weight"], k["activation"]) for k in data["kernels"])
-    return Device(data["name"], data["description"], kernels, data["source"])
+def load_device(path: str | Path) -> Device:
+    """A device from a profile of the user's own (schema: ``mpq/schema/device-1.json``).
+
+    Raises:
+        FormatError: If it is no profile; the message names the field.
+    """
+    try:
+        text = Path(path).read_text("utf8")
+    except OSError as error:
+        raise FormatError(f"can't read the device profile {path}: {error.strerror}") from None
+    return _parse(text, str(path))
 
 
 def find_device(device: str | Device) -> Device:
-    """A device by name.
+    """A device by name, by the path of its profile, or itself.
+
+    A name takes settings behind colons: ``t4:batch=8``, ``a100:decode:context=2048``.
 
     Raises:
-        FormatError: If there is no such profile.
+        FormatError: If there is no such profile, or a setting is unknown.
     """
     if isinstance(device, Device):
         return device
-    if device not in all_devices():
-        near = get_close_matches(device, all_devices(), 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(all_devices())}"
-        raise FormatError(f"unknown device {device!r}; {hint}")
-    return all_devices()[device]
+    if device.endswith(".json"):
+        return load_device(device)
+    name, *options = device.split(":")
+    if name not in all_devices():
+        near = get_close_matches(name, all_devices(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(all_devices())}, or a path to a .json file"
+        raise FormatError(f"unknown device {name!r}; {hint}")
+    return all_devices()[name].at(**dict(_setting(device, option) for option in options))
+
+
+def _setting(device: str, option: str) -> tuple[str, Any]:
+    key, _, value = option.partition("=")
+    if option in ("prefill", "decode"):
+        return "phase", option
+    if key in ("batch", "tokens", "context") and value.isdecimal() and (int(value) or key == "context"):
+        return key, int(value)
+    raise FormatError(
+        f"{device!r}: {option!r} is no setting; there are batch=N, tokens=N, context=N, prefill and decode"
+    )
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    text = resources.files("mpq.schema").joinpath("device-1.json").read_text("utf8")
+    return jsonschema.Draft202012Validator(json.loads(text))
+
+
+def _parse(text: str, origin: str) -> Device:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{origin}: not JSON: {error}") from None
+    wrong = jsonschema.exceptions.best_match(_validator().iter_errors(data))
+    if wrong is not None:
+        where = ".".join(map(str, wrong.absolute_path)) or "the profile"
+        raise FormatError(f"{origin}: {where}: {wrong.message}")
+    kernels = tuple(
+        Kernel(k["weight"], k["activation"], k.get("peak"), _pair(k.get("runs_as")), k.get("widen"))
+        for k in data["kernels"]
+    )
+    memory = tuple(Memory(m["name"], m.get("size_bytes", math.inf), m["bandwidth"]) for m in data.get("memory", ()))
+    return Device(
+        data["name"],
+        data["kind"],
+        data["description"],
+        kernels,
+        data.get("float_format", "fp32"),
+        memory,
+        data.get("figures", {}),
+        data["sources"],
+        alignment=data.get("alignment", 1),
+    )
+
+
+def _pair(names: list[str] | None) -> tuple[str, str] | None:
+    return None if names is None else (names[0], names[1])

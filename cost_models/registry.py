@@ -2,7 +2,11 @@
 
 from typing import Protocol
 
+from mpq.cost_models.arithmetic import bops, compute_cost
 from mpq.cost_models.bit_ops import bit_ops
+from mpq.cost_models.energy import energy
+from mpq.cost_models.latency import latency
+from mpq.cost_models.memory import active_bytes, peak_memory, resident_bytes
 from mpq.cost_models.size import avg_bits, size, stored_bits
 from mpq.cost_models.table import Cost
 from mpq.space import SearchSpace
@@ -20,4 +24,20 @@ COST_MODELS: dict[str, CostModel] = {
     "avg_bits": avg_bits,
     "stored_bits": stored_bits,
     "bitops": bit_ops,
+    "latency": latency,
+    "energy": energy,
+    "peak_memory": peak_memory,
+    "resident_bytes": resident_bytes,
+    "active_bytes": active_bytes,
+    "compute_cost": compute_cost,
+    "bops": bops,
 }
+
+_ALWAYS = ("size", "avg_bits", "stored_bits", "bitops")
+_ON_A_DEVICE = ("latency", "energy", "peak_memory")
+
+
+def default_costs(space: SearchSpace) -> dict[str, Cost]:
+    """The metrics that every result states: four of any model, and three more where a real device is the target."""
+    names = _ALWAYS if space.device.kind == "generic" else _ALWAYS + _ON_A_DEVICE
+    return {name: COST_MODELS[name](space) for name in names}

@@ -7,27 +7,40 @@ import math
 import numpy as np
 
 from mpq.cost_models.table import Cost
-from mpq.layers import LayerGroup
-from mpq.quantizers.formats import Scheme
+from mpq.problem import Floats
 from mpq.space import SearchSpace
 
 
-def group_bytes(group: LayerGroup, scheme: Scheme) -> int:
-    """Bytes of a group under a scheme: tied weights once, each tensor in whole bytes, activation scales included."""
-    weights = {x.storage: math.ceil(scheme.weight.storage_bits(x.rows_shape) / 8) for x in group.layers}
-    act = scheme.activation
-    if act is None:
-        return sum(weights.values())
-    per_input = act.scale_bits // 8 + (0 if act.symmetric else math.ceil(act.bits / 8))
-    return sum(weights.values()) + per_input * sum(x.source is not None for x in group.layers)
+def stored_bytes(space: SearchSpace, alignment: int = 1) -> Floats:
+    """Bytes of each group under each scheme ``[G, S]``: tied weights once, activation scales included.
+
+    A weight with its scales is rounded up to a multiple of the alignment, at least to whole bytes.
+    """
+    tied_once = [{x.storage: x.rows_shape for x in g.layers}.values() for g in space.groups]
+    readers = np.array([sum(x.source is not None for x in g.layers) for g in space.groups], np.float64)
+    weights = {
+        fmt: np.array([sum(math.ceil(fmt.storage_bits(x) / (8 * alignment)) for x in shapes) for shapes in tied_once])
+        for fmt in dict.fromkeys(s.weight for s in space.schemes)
+    }
+    columns = []
+    for scheme in space.schemes:
+        act = scheme.activation
+        zero = 0 if act is None or act.symmetric else math.ceil(act.bits / 8)
+        per_input = 0 if act is None else act.scale_bits // 8 + zero
+        columns.append(weights[scheme.weight] * float(alignment) + per_input * readers)
+    return np.stack(columns, 1)
 
 
 def size(space: SearchSpace) -> Cost:
     """Bytes of all parameters: formats of the searched layers, everything else as the model stores it."""
-    cost = np.array([[group_bytes(g, s) for s in space.schemes] for g in space.groups], np.float64)
+    return whole_model(space, "size", stored_bytes(space))
+
+
+def whole_model(space: SearchSpace, name: str, stored: Floats) -> Cost:
+    """Bytes of the searched layers ``[G, S]`` with everything else as the model stores it."""
     searched = {x.storage: x.parameters * x.element_bits // 8 for x in space.layers}
     total = space.graph.float_size_bytes
-    return Cost("size", "bytes", cost, total - sum(searched.values()), 1.0, total)
+    return Cost(name, "bytes", stored, total - sum(searched.values()), 1.0, total)
 
 
 def avg_bits(space: SearchSpace) -> Cost:
@@ -38,11 +51,10 @@ def avg_bits(space: SearchSpace) -> Cost:
 
 def stored_bits(space: SearchSpace) -> Cost:
     """Stored bits per weight over the searched layers: scales, zero points and padding count."""
-    cost = np.array([[8 * group_bytes(g, s) for s in space.schemes] for g in space.groups], np.float64)
-    return _mean(space, "stored_bits", cost)
+    return _mean(space, "stored_bits", 8 * stored_bytes(space))
 
 
-def _mean(space: SearchSpace, name: str, cost: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Cost:
+def _mean(space: SearchSpace, name: str, cost: Floats) -> Cost:
     stored = {x.storage: (x.parameters, x.element_bits) for x in space.layers}
     parameters = sum(n for n, _ in stored.values())
     return Cost(name, "bits", cost, 0.0, parameters, sum(n * b for n, b in stored.values()) / parameters)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mpq.config import BitConfig, Measured, load
     from mpq.distill import distilled_data
     from mpq.errors import MpqError
+    from mpq.estimate import Estimate, estimate
     from mpq.evaluation import Evaluator, evaluate
     from mpq.frontier import Frontier
     from mpq.layers import LayerGraph
@@ -32,6 +33,7 @@ __all__ = [
     "Analysis",
     "BitConfig",
     "Budget",
+    "Estimate",
     "Evaluator",
     "Frontier",
     "LayerGraph",
@@ -42,6 +44,7 @@ __all__ = [
     "allocate",
     "analyze",
     "distilled_data",
+    "estimate",
     "evaluate",
     "export",
     "load",
@@ -58,6 +61,7 @@ _MODULES = {
     "mpq.config": ("BitConfig", "Measured", "load"),
     "mpq.distill": ("distilled_data",),
     "mpq.errors": ("MpqError",),
+    "mpq.estimate": ("Estimate", "estimate"),
     "mpq.evaluation": ("Evaluator", "evaluate"),
     "mpq.frontier": ("Frontier",),
     "mpq.layers": ("LayerGraph",),

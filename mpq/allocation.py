@@ -20,7 +20,7 @@ from mpq.bank import QuantizerBank
 from mpq.budget import Budget, parse_budgets
 from mpq.calibration import Calibration, model_hash
 from mpq.config import BitConfig
-from mpq.cost_models import COST_MODELS, Cost, Device, find_device
+from mpq.cost_models import COST_MODELS, Cost, Device, default_costs, find_device
 from mpq.errors import BudgetError, MpqError
 from mpq.evaluation import Evaluator
 from mpq.frontier import Frontier
@@ -104,14 +104,15 @@ def analyze(
         graph = trace(view, data.batches[0])
         _warn_of_low_coverage(graph)
         space = make_space(graph, parsed, pin=pin, skip=skip, groups=groups, device=found_device)
-        costs = {k: cost(space) for k, cost in COST_MODELS.items()}
+        costs = default_costs(space)
         if budget is not None:
-            _check_reachable(space, costs, parse_budgets(budget))
+            wanted = parse_budgets(budget)
+            costs |= {b.metric: COST_MODELS[b.metric](space) for b in wanted if b.metric in COST_MODELS.keys() - costs}
+            _check_reachable(space, costs, wanted)
         bank = QuantizerBank(view, graph, weight_range, activation_range)
+        shelf = None if store is None else open_store(store, plain(model), forward, data, graph, bank, resolved)
         bank.prepare(space.schemes, progress)
         bank.observe(data, progress)
-        weights_hash = model_hash(plain(model))
-        shelf = None if store is None else open_store(store, weights_hash, view, graph, bank, resolved)
         run = partial(estimate, view, space, data, bank, resolved, seed=seed, progress=progress)
         table = stored(run, dict(estimator_options or {}), shelf, data=data.hash, space=space, seed=seed)
         gate = check(table, space)
@@ -120,8 +121,9 @@ def analyze(
         ranges = _ranges(space, bank)
     name = estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
     provenance = {
-        "model_hash": weights_hash,
+        "model_hash": model_hash(plain(model)),
         "data_hash": data.hash,
+        **({"data_hash_without": data.opaque} if data.opaque else {}),
         "samples": data.num_samples,
         "seed": seed,
         "estimator": name,
@@ -181,12 +183,6 @@ def allocate(
         (True, 22)
     """
     budgets = parse_budgets(budget)
-    unmeasured = [b.metric for b in budgets if b.metric not in COST_MODELS and b.metric != "accuracy_drop"]
-    if unmeasured:
-        raise BudgetError(
-            f"no cost model for {unmeasured[0]!r} on this device; budgets may limit "
-            f"{', '.join(COST_MODELS)} and accuracy_drop"
-        )
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
     if drop is not None and eval_data is None:
         raise BudgetError(f"{drop.text} must be measured: pass eval_data=labelled batches (--eval on the command line)")

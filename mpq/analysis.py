@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mpq.budget import UNITS, Budget, parse_budgets
+from mpq.budget import Budget, parse_budgets
 from mpq.config import BitConfig, LayerChoice
+from mpq.cost_models.devices import Device
+from mpq.cost_models.registry import COST_MODELS
 from mpq.cost_models.table import Cost
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.layers import LayerSpec, Outside
@@ -40,14 +42,14 @@ class Analysis:
     Attributes:
         space: Groups, schemes and the layer graph.
         table: Predicted loss of each choice.
-        costs: Metric -> cost of each choice.
+        costs: Metric -> cost of each choice; `cost` adds others when they are asked for.
         ranges: (layer, scheme name) -> calibrated activation range.
         provenance: What goes into every config made from it.
     """
 
     space: SearchSpace
     table: SensitivityTable
-    costs: Mapping[str, Cost]
+    costs: dict[str, Cost]
     ranges: Mapping[tuple[str, str], tuple[float, float]] = field(repr=False)
     provenance: Mapping[str, Any] = field(repr=False)
 
@@ -63,6 +65,22 @@ class Analysis:
             constraints.append(cost.constraint(budget.limit(cost.reference)))
         loss = np.where(self.space.allowed, self.table.loss, np.inf)
         return Problem(loss, tuple(constraints), self.table.interactions)
+
+    def on(self, device: str | Device, *, drop_useless: bool = False) -> Analysis:
+        """The same measurements for another device: nothing is measured again.
+
+        Args:
+            device: Name (``t4:batch=8``), profile or path of one. Schemes without a kernel there leave the space.
+            drop_useless: Leave out, group by group, schemes that are no faster there than a wider one (see
+                `mpq.cost_models.quantization_friendliness`); they may still save memory.
+
+        Raises:
+            FormatError: If there is no such device, or a layer is left without a scheme.
+            BudgetError: If useless schemes are to be dropped and the device has no figures for time.
+        """
+        from mpq.retarget import retarget
+
+        return retarget(self, device, drop_useless)
 
     def allocate(self, budget: Budgets, solver: str | Solver = "auto") -> BitConfig:
         """The config with the least predicted loss under budgets.
@@ -227,10 +245,10 @@ class Analysis:
         Raises:
             BudgetError: If it has no cost model here.
         """
+        if metric not in COST_MODELS:
+            raise BudgetError(f"no cost model for {metric!r}; known: {', '.join(COST_MODELS)}")
         if metric not in self.costs:
-            known = ", ".join(self.costs)
-            hint = "it needs a device profile with a latency model" if metric in UNITS else "it is unknown"
-            raise BudgetError(f"no cost model for {metric!r}: {hint}; budgets here may limit {known}")
+            self.costs[metric] = COST_MODELS[metric](self.space)
         return self.costs[metric]
 
     def metrics(self, pick: Ints) -> dict[str, dict[str, Any]]:
@@ -245,10 +263,9 @@ class Analysis:
         for g, group in enumerate(self.space.groups):
             for layer in group.layers:
                 layers[layer.name] = self._choice(layer, group.name, g, int(pick[g]))
-        loss, stderr = self.table.total(pick)
         predicted = {
-            "loss": loss,
-            "stderr": _number(stderr),
+            "loss": self.table.total(pick)[0],
+            "stderr": _number(self.table.stderr_of(pick)),
             "with_interactions": None if self.table.interactions is None else self.table.predict(pick),
         }
         order = [x.name for x in self.space.graph if x.name in layers]

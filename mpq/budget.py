@@ -20,7 +20,12 @@ UNITS: dict[str, dict[str, float]] = {
     "avg_bits": _BITS,
     "stored_bits": _BITS,
     "bitops": {**_COUNTS, "%": 0.01},
-    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "%": 0.01},
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "%": 0.01},
+    "peak_memory": {"": 1.0, **_BYTES, "%": 0.01},
+    "resident_bytes": {"": 1.0, **_BYTES, "%": 0.01},
+    "active_bytes": {"": 1.0, **_BYTES, "%": 0.01},
+    "compute_cost": {**_COUNTS, "%": 0.01},
+    "bops": {**_COUNTS, "%": 0.01},
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "%": 0.01},
     "accuracy_drop": {"": 1.0, "%": 0.01},
 }
@@ -32,7 +37,7 @@ class Budget:
     """A limit on one metric.
 
     Attributes:
-        metric: ``size``, ``avg_bits``, ``stored_bits``, ``bitops``, ``latency``, ``energy`` or ``accuracy_drop``.
+        metric: A name in `mpq.cost_models.COST_MODELS`, or ``accuracy_drop``.
         value: Limit in the metric's own unit, or as a share of the float model.
         relative: The value is a share of the float model.
         text: As the user wrote it.
@@ -50,7 +55,13 @@ class Budget:
     text: str
 
     def limit(self, reference: float) -> float:
-        """The limit in the metric's own unit, given the float model's value."""
+        """The limit in the metric's own unit, given the float model's value.
+
+        Raises:
+            BudgetError: If a share is asked of a float model whose value is not known (0).
+        """
+        if self.relative and not reference:
+            raise BudgetError(f"{self.text}: the float model does not run there; write an absolute limit")
         return self.value * reference if self.relative else self.value
 
     @classmethod
@@ -65,8 +76,7 @@ class Budget:
             raise BudgetError(f"{text!r} is not a budget; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
         metric, _, number, unit = match.groups()
         if metric not in UNITS:
-            known = "size, avg_bits, stored_bits, bitops, accuracy_drop"
-            raise BudgetError(f"unknown metric {metric!r} in {text!r}; known: {known}")
+            raise BudgetError(f"unknown metric {metric!r} in {text!r}; known: {', '.join(UNITS)}")
         if unit not in UNITS[metric]:
             known = ", ".join(u or "(none)" for u in UNITS[metric])
             raise BudgetError(f"unknown unit {unit!r} for {metric} in {text!r}; known: {known}")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mpq.errors import DataError
-from mpq.trees import map_tensors, tensors_in
+from mpq.fingerprint import Fingerprint, tensor_bytes
+from mpq.trees import leaves_of, map_tensors, tensors_in
 
 _LABELS = ("labels", "label")
 
@@ -75,17 +76,29 @@ class Batch:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of inputs and labels."""
+        """SHA-256 of all that is in it."""
         digest = hashlib.sha256()
         self.update_hash(digest)
         return digest.hexdigest()
 
-    def update_hash(self, digest: hashlib._Hash) -> None:
-        """Feed names, shapes and bytes of inputs and labels to a hash."""
-        args = self.args if self.tensors() else tuple(vars(a) if hasattr(a, "__dict__") else a for a in self.args)
-        for name, tree in [("", args), *sorted(self.kwargs.items()), ("labels", self.labels)]:
-            for t in tensors_in(tree):
-                digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
+    def update_hash(self, digest: hashlib._Hash) -> str:
+        """Feed names, shapes and bytes of inputs and labels to a hash, and whatever else there is.
+
+        Returns:
+            Name of a type that has no content to hash; empty if there is none.
+        """
+        parts = [("", self.args), *sorted(self.kwargs.items()), ("labels", self.labels)]
+        named = [(name, t) for name, tree in parts for t in tensors_in(tree)]
+        for name, t in named:
+            digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode() + tensor_bytes(t))
+        everything = [self.args, dict(self.kwargs), self.labels, self.raw]
+        known = {id(t) for _, t in named}
+        if all(x is None or id(x) in known for x in leaves_of(everything)):
+            return ""
+        found = Fingerprint()
+        found.add(everything)
+        digest.update(found.hexdigest().encode())
+        return found.opaque
 
 
 def _required_positional(model: nn.Module) -> int:
@@ -144,11 +157,13 @@ class Calibration:
 
     Attributes:
         batches: The batches in order.
-        hash: SHA-256 of all inputs and labels.
+        hash: SHA-256 of all inputs and labels; of what can be hashed, where something in them can't.
+        opaque: Name of the type of something that can't be hashed; empty if there is none.
     """
 
     batches: tuple[Batch, ...]
     hash: str
+    opaque: str = ""
 
     @property
     def num_samples(self) -> int:
@@ -170,15 +185,15 @@ class Calibration:
         if max_samples is not None and max_samples < 1:
             raise DataError(f"max_samples must be at least 1, not {max_samples}; None takes all")
         batches: list[Batch] = []
-        digest = hashlib.sha256()
+        digest, opaque = hashlib.sha256(), ""
         for batch in read_batches(data, read):
-            batch.update_hash(digest)
+            opaque = batch.update_hash(digest) or opaque
             batches.append(batch)
             if max_samples is not None and sum(b.size for b in batches) >= max_samples:
                 break
         if not batches:
             raise DataError("the data is empty: no batch with at least one sample (is a generator already used up?)")
-        return cls(tuple(batches), digest.hexdigest())
+        return cls(tuple(batches), digest.hexdigest(), opaque)
 
 
 def read_batches(data: Iterable[Any], read: Callable[[Any], Batch]) -> Iterator[Batch]:
@@ -196,12 +211,6 @@ def read_batches(data: Iterable[Any], read: Callable[[Any], Batch]) -> Iterator[
             raise DataError(f"batch {i} of the data holds NaN or infinity")
         if batch.size:
             yield batch
-
-
-def tensor_bytes(t: Tensor) -> bytes:
-    """Raw bytes of a tensor, whatever its device, layout and dtype."""
-    flat = t.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def model_hash(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpq.errors import MpqError, UnreachableError
+from mpq.profile_cli import profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -150,14 +151,16 @@ def compare(
 
 
 @app.command()
-def devices() -> None:
-    """List the device profiles: what each can run, and where the figures come from."""
-    from mpq.cost_models.devices import all_devices
+def devices(
+    name: Annotated[str | None, typer.Argument(help="Name or .json file of one profile: explain it.")] = None,
+) -> None:
+    """List the device profiles, or explain one: kernels, figures, and where each figure comes from."""
+    from mpq.devices_cli import show_devices
 
-    table = Table("device", "description", "kernels (weight x activation)", "source")
-    for device in all_devices().values():
-        table.add_row(device.name, device.description, device.kernel_names(), device.source)
-    console.print(table)
+    show_devices(console, name)
+
+
+app.command()(profile)
 
 
 def _split_pin(text: str) -> tuple[str, str]:

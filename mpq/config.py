@@ -97,7 +97,8 @@ class BitConfig(Mapping[str, LayerChoice]):
         layers: In execution order.
         outside: What was not searched, with reasons.
         metrics: Metric -> ``{"value", "unit", "float"}``: of this config and of the float model.
-        predicted: ``loss``, its ``stderr`` and ``with_interactions`` (None where the estimator gives none).
+        predicted: ``loss``, ``with_interactions`` (None where the estimator gives none) and the ``stderr`` of the
+            latter, of ``loss`` where it is None.
         measured: What was measured, or None.
         budgets: The budgets it was made for.
         solver: ``name``, ``status``, ``objective``, ``bound``, ``gap``.
@@ -256,12 +257,12 @@ class BitConfig(Mapping[str, LayerChoice]):
             f"avg {self.avg_bits:.2f} bits (stored {self.stored_bits:.2f})"
             + (f", {si(self.metrics['bitops']['value'], 'BitOps')}" if "bitops" in self.metrics else ""),
             f"predicted {self.provenance.get('loss', 'loss')} rise {self.predicted['loss']:.5g}"
-            + (f" +- {self.predicted['stderr']:.2g}" if self.predicted["stderr"] is not None else "")
             + (
                 f", {self.predicted['with_interactions']:.5g} with interactions"
                 if self.predicted["with_interactions"] is not None
                 else ""
-            ),
+            )
+            + (f" +- {self.predicted['stderr']:.2g}" if self.predicted["stderr"] is not None else ""),
         ]
         if self.measured is not None:
             lines.append(f"measured {self.measured}")

@@ -117,7 +117,7 @@ class Explanation:
                 "layers": [x.name for x in group.layers],
                 "scheme": names[s],
                 "loss": float(part[g]),
-                "costs": {m: float(c.cost[g, s] / c.divisor) for m, c in metrics},
+                "costs": {m: c.part(g, s, self.pick) for m, c in metrics},
                 "runner_up": None,
                 "runner_up_loss": None,
                 "runner_up_costs": None,
@@ -126,7 +126,7 @@ class Explanation:
             if r >= 0:
                 row["runner_up"] = names[r]
                 row["runner_up_loss"] = float(change[g, r])
-                row["runner_up_costs"] = {m: float((c.cost[g, r] - c.cost[g, s]) / c.divisor) for m, c in metrics}
+                row["runner_up_costs"] = {m: c.part(g, r, self.pick) - row["costs"][m] for m, c in metrics}
                 row["margin"] = float(change[g, r] + priced[g, r])
             rows.append(row)
         return rows

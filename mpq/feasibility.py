@@ -24,11 +24,11 @@ class Reach:
 
     Attributes:
         unit: Of all values.
-        least: Smallest value of any config.
-        most: Largest.
+        least: Smallest value of any config; of a metric that is the largest of several sums, a bound of it.
+        most: Largest, likewise.
         limit: Of its budget, None without one.
-        with_others: Smallest value under the budgets of other metrics; None where those can't be met or, within the
-            time limit, no config was found.
+        with_others: Smallest value under the budgets of other metrics; None where those can't be met, the metric is the
+            largest of several sums or, within the time limit, no config was found.
     """
 
     unit: str
@@ -158,7 +158,7 @@ def make_feasibility(analysis: Analysis, budgets: tuple[Budget, ...], time_limit
     reach = {}
     for m, cost in analysis.costs.items():
         others = None
-        if set(limits) - {m}:
+        if set(limits) - {m} and cost.rows.shape[2] == 1:
             every = (*(c for c in problem.constraints if c.name != m), cost.constraint(math.inf))
             pick = least_usage(Problem(problem.loss, every), m, time_limit).pick
             others = None if pick is None else cost.total(pick)

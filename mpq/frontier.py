@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -16,10 +16,14 @@ from mpq.config import BitConfig
 from mpq.cost_models.table import Cost
 from mpq.problem import Floats, Ints, Problem
 from mpq.search import FrontierPicks, convex_frontier, exact_frontier, interaction_frontier
+from mpq.search.interaction import solver_for
 from mpq.search.pareto import undominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# Where conversions between neighbours count, each limit is a problem of its own.
+_PAIR_LIMITS, _PAIR_SECONDS = 24, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +136,16 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
         analysis: What is known of the model.
         cost: The cost on the horizontal axis.
         max_points: Thin a longer frontier to about this many points; the points of its hull all stay.
+
+    Raises:
+        BudgetError: If the cost is the largest of several rows.
     """
+    cost.require_sum()
     problem = analysis.problem()
-    hull = convex_frontier(problem.loss, cost.cost)
-    found = exact_frontier(problem.loss, cost.cost) or hull
+    if cost.pairs is not None and cost.pairs.cost.any():
+        return _frontier(analysis, cost, _with_pairs(analysis, cost, max_points), interacting=True)
+    hull = convex_frontier(problem.loss, cost.rows[..., 0])
+    found = exact_frontier(problem.loss, cost.rows[..., 0]) or hull
     interacting = problem.interactions is not None and bool(problem.interactions.any())
     if interacting:
         found = _interacting(analysis, problem, cost, found)
@@ -145,23 +155,39 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
         keep = np.searchsorted(found.cost, np.linspace(found.cost[0], found.cost[-1], max_points))
         on_hull = np.flatnonzero(np.isin(found.cost, hull.cost)) if found.exact else keep[:0]
         keep = np.union1d(keep, on_hull)
-    metric = np.array([cost.metric(c) for c in found.cost[keep]])
-    return Frontier(
-        analysis,
-        cost.name,
-        cost.unit,
-        metric,
-        found.loss[keep],
-        found.picks[keep],
-        found.exact,
-        len(found.cost),
-        interacting,
-    )
+    points = len(found.cost)
+    kept = FrontierPicks(found.picks[keep], found.cost[keep], found.loss[keep], found.exact)
+    return _frontier(analysis, cost, kept, interacting, points)
+
+
+def _frontier(
+    analysis: Analysis, cost: Cost, found: FrontierPicks, interacting: bool, points: int | None = None
+) -> Frontier:
+    metric = np.array([cost.metric(c) for c in found.cost])
+    points = len(metric) if points is None else points
+    return Frontier(analysis, cost.name, cost.unit, metric, found.loss, found.picks, found.exact, points, interacting)
+
+
+def _with_pairs(analysis: Analysis, cost: Cost, max_points: int) -> FrontierPicks:
+    """Best picks at limits along the frontier that leaves the costs of pairs out; each limit is solved with them."""
+    assert cost.pairs is not None
+    blind = make_frontier(analysis, replace(cost, pairs=None), max_points)
+    problem, tried = analysis.problem(), list(blind.picks)
+    totals = [cost.total(p) for p in tried]
+    for limit in np.linspace(min(totals), max(totals), _PAIR_LIMITS):
+        limited = replace(problem, constraints=(cost.constraint(float(limit)),))
+        pick = solver_for(limited, _PAIR_SECONDS).solve(limited).pick
+        tried += [] if pick is None else [pick]
+    picks = np.unique(np.array(tried), axis=0)
+    sums = np.array([cost.total(p) * cost.divisor - cost.constant for p in picks])
+    loss = analysis.table.predict_all(picks)
+    kept = undominated(np.c_[sums, loss])
+    return FrontierPicks(picks[kept], sums[kept], loss[kept], exact=False)
 
 
 def _interacting(analysis: Analysis, problem: Problem, cost: Cost, starts: FrontierPicks) -> FrontierPicks:
     """The frontier with interactions, its losses as the table predicts them: saturated and never negative."""
-    found = interaction_frontier(problem, cost.cost, starts)
+    found = interaction_frontier(problem, cost.rows[..., 0], starts)
     loss = analysis.table.predict_all(found.picks)
     kept = undominated(np.c_[found.cost, loss])
     return FrontierPicks(found.picks[kept], found.cost[kept], loss[kept], exact=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mpq.calibration import Batch
 from mpq.errors import DataError, MpqError
+from mpq.labels import IGNORED_LABEL, scores_and_labels
 from mpq.trees import tensors_in
 
 UserLoss = Callable[[Any, Any], Tensor]
@@ -39,6 +40,9 @@ class OutputLoss(Protocol):
 
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """Scalars whose gradients' outer products sum to the Hessian exactly (no randomness)."""
+
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """How many `all_probes` gives."""
 
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """Whether probes have independent signs for each sample."""
@@ -70,7 +74,8 @@ class KLLoss:
         reduction: Over the positions of a sample: ``mean``, so that every sequence counts the same, or ``sum``, so that
             every token does.
         draw: What probes are made of: random ``signs``; labels ``sampled`` from the model's predictions; or the batch's
-            ``true`` labels (empirical Fisher), which measure the loss on labels where the model errs.
+            ``true`` labels (empirical Fisher), which measure the loss on labels where the model errs. Labels of -100
+            don't count; those that are the input tokens are each predicted by the position before.
         positions: Probes look at this many random positions of each sample; None for all. Same expectation, less
             memory where the vocabulary is large.
     """
@@ -90,9 +95,8 @@ class KLLoss:
         if self.positions is not None and self.positions < 1:
             raise MpqError(f"positions must be at least 1, not {self.positions}; None takes all")
 
-    def _log_probabilities(self, output: Any, chosen: Tensor | None = None) -> Tensor:
-        """``[B, P, C]``: samples, positions (all or those chosen ``[B, P]``), classes."""
-        z = self._logits(output)
+    def _log_probabilities(self, z: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Of logits ``[B, P, C]``: samples, positions (all or those chosen ``[B, P]``), classes."""
         z = z if chosen is None else z.gather(1, chosen[..., None].expand(-1, -1, z.shape[2]))
         z = z if z.dtype == torch.float64 else z.float()
         return z.clamp_min(torch.finfo(z.dtype).tiny).log() if self.probabilities else F.log_softmax(z, -1)
@@ -108,15 +112,17 @@ class KLLoss:
     def _position_weights(self, z: Tensor, batch: Batch) -> Tensor:
         """``[B, P]``: what each position of logits or log-probabilities ``[B, P, C]`` counts; hidden ones nothing."""
         mask = batch.kwargs.get("attention_mask")
-        weights = torch.ones(z.shape[:2], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
-        if isinstance(mask, Tensor) and mask.shape == z.shape[:2]:
-            weights = mask.to(weights)
-        weights = weights.to(z.device)
+        if not isinstance(mask, Tensor) or mask.shape != z.shape[:2]:
+            mask = torch.ones(z.shape[:2])
+        return self._shares(mask, z)
+
+    def _shares(self, counted: Tensor, z: Tensor) -> Tensor:
+        weights = counted.to(z.device, torch.float64 if z.dtype == torch.float64 else torch.float32)
         return weights / weights.sum(1, keepdim=True).clamp_min(1) if self.reduction == "mean" else weights
 
     def value(self, output: Any, reference: Any, batch: Batch) -> Tensor:
         """Divergence of each sample ``[B]``."""
-        log_p, log_q = self._log_probabilities(reference), self._log_probabilities(output)
+        log_p, log_q = (self._log_probabilities(self._logits(x)) for x in (reference, output))
         each = (log_p.exp() * (log_p - log_q)).sum(-1)
         return (each * self._position_weights(log_p, batch)).sum(1)
 
@@ -124,37 +130,46 @@ class KLLoss:
         """See `OutputLoss.probe`.
 
         Raises:
-            DataError: If true labels are wanted and there are none.
+            DataError: If true labels are wanted, and there are none or they don't fit.
         """
-        z = self._logits(output)
-        weights, chosen = self._position_weights(z.detach(), batch), None
+        labels, chosen = None, None
+        if self.draw == "true":
+            z, labels = scores_and_labels(logits_of(output), batch)
+            weights = self._shares(labels != IGNORED_LABEL, z)
+        else:
+            z = self._logits(output)
+            weights = self._position_weights(z, batch)
         if self.positions is not None and self.positions < z.shape[1]:
             # With replacement, in proportion to what each counts: the mean over draws is the whole in expectation.
             total = weights.sum(1, keepdim=True)
-            chosen = torch.multinomial(weights.cpu(), self.positions, True, generator=generator).to(z.device)
+            likely = weights.where(total > 0, 1.0)  # any will do where none counts
+            chosen = torch.multinomial(likely.cpu(), self.positions, True, generator=generator).to(z.device)
             weights = (total / self.positions).expand(-1, self.positions)
-        log_p = self._log_probabilities(output, chosen)
+        log_p = self._log_probabilities(z, chosen)
         if self.draw == "signs":
             return self._project(log_p, weights, _signs(log_p, generator))
-        if self.draw == "sampled":
+        if labels is None:
             flat = log_p.detach().exp().flatten(0, 1).cpu()
             labels = torch.multinomial(flat, 1, generator=generator).view(log_p.shape[:2]).to(z.device)
-        else:
-            labels = _labels(batch, z.shape[:2])
-            labels = labels if chosen is None else labels.gather(1, chosen)
+        elif chosen is not None:
+            labels = labels.gather(1, chosen)
         picked = log_p.gather(2, labels.clamp_min(0)[..., None])[..., 0]
         # Positions and samples are told apart by their signs.
-        return (picked * weights.sqrt() * (labels >= 0) * _signs(picked, generator)).sum()
+        return (picked * weights.sqrt() * _signs(picked, generator)).sum()
 
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """One probe per position and class: signs replaced by unit vectors."""
-        log_p = self._log_probabilities(output)
-        weights = self._position_weights(log_p.detach(), batch)
+        log_p = self._log_probabilities(self._logits(output))
+        weights = self._position_weights(log_p, batch)
         for position in range(log_p.shape[1]):
             for c in range(log_p.shape[2]):
                 unit = torch.zeros_like(log_p)
                 unit[:, position, c] = 1
                 yield self._project(log_p, weights, unit)
+
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """See `OutputLoss.count_probes`."""
+        return self._logits(output)[0].numel()
 
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""
@@ -164,18 +179,6 @@ class KLLoss:
     def _project(log_p: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
         # d(log_p)/d(z) = I - 1 p^T, so the gradient of sum(sqrt(p) e log_p) is sqrt(p) e - p (sqrt(p) . e).
         return (log_p.detach().mul(0.5).exp() * direction * weights.sqrt()[..., None] * log_p).sum()
-
-
-def _labels(batch: Batch, shape: torch.Size) -> Tensor:
-    """The batch's class labels ``[B, P]``; negative ones are ignored.
-
-    Raises:
-        DataError: If it has none of this shape.
-    """
-    labels = batch.labels
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.numel() != shape.numel():
-        raise DataError(f"draw='true' needs integer labels {tuple(shape)} with each batch, such as (inputs, labels)")
-    return labels.reshape(shape).long()
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,10 @@ class MSELoss:
         for column in y.unbind(1):
             yield column.sum() * math.sqrt(2 / y.shape[1])
 
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """See `OutputLoss.count_probes`."""
+        return self._flat(output, batch).shape[1]
+
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""
         return True
@@ -249,6 +256,10 @@ class CallableLoss:
     def all_probes(self, output: Any, batch: Batch) -> Iterator[Tensor]:
         """The summed loss: its per-sample gradients are exact already."""
         yield self._per_sample(output, batch).expand(batch.size).sum()
+
+    def count_probes(self, output: Any, batch: Batch) -> int:
+        """See `OutputLoss.count_probes`."""
+        return 1
 
     def by_sample(self, output: Any, batch: Batch) -> bool:
         """See `OutputLoss.by_sample`."""

@@ -21,6 +21,48 @@ FLOAT_TOLERANCE, WHOLE_TOLERANCE = 1e-9, 1e-12
 
 
 @dataclass(frozen=True, eq=False)
+class PairCosts:
+    """What neighbours cost each other, such as the conversion of a tensor from one layer's format to the next's.
+
+    Attributes:
+        groups: ``[P, 2]``: pairs of different groups.
+        cost: ``[P, S, S]``: of the scheme of the first and that of the second; never negative.
+    """
+
+    groups: Ints
+    cost: Floats
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", np.asarray(self.groups, np.int64).reshape(-1, 2))
+        object.__setattr__(self, "cost", np.asarray(self.cost, np.float64))
+        if self.cost.ndim != 3 or len(self.cost) != len(self.groups) or self.cost.shape[1] != self.cost.shape[2]:
+            raise MpqError(f"pair costs must be [pairs, S, S], not {self.cost.shape} for {len(self.groups)} pairs")
+        if (self.groups[:, 0] == self.groups[:, 1]).any():
+            raise MpqError("pairs are of two different groups; what a group costs itself belongs to its own cost")
+        if not (np.isfinite(self.cost) & (self.cost >= 0)).all():
+            raise MpqError("pair costs must be finite and not negative")
+
+    def total(self, pick: ArrayLike) -> float:
+        """Sum over all pairs of a pick ``[G]``."""
+        first, second = np.asarray(pick, np.int64)[self.groups.T]
+        return float(self.cost[np.arange(len(self.cost)), first, second].sum())
+
+    def interactions(self, groups: int) -> Floats:
+        """The same costs as interactions ``[G, S, G, S]``."""
+        S = self.cost.shape[1]
+        found = np.zeros((groups, S, groups, S))
+        for (g, h), cost in zip(self.groups.tolist(), self.cost, strict=True):
+            found[g, :, h] += cost
+            found[h, :, g] += cost.T
+        return found
+
+    @property
+    def largest(self) -> float:
+        """The largest sum that any pick could have."""
+        return float(self.cost.max((1, 2), initial=0.0).sum())
+
+
+@dataclass(frozen=True, eq=False)
 class Constraint:
     """Each row's sum over groups stays under its limit.
 
@@ -29,12 +71,14 @@ class Constraint:
         unit: Unit of cost and limit.
         cost: ``[G, S, R]``; ``[G, S]`` is taken as one row.
         limit: ``[R]``; a number is taken as one row.
+        pairs: What neighbours add to the one row.
     """
 
     name: str
     unit: str
     cost: Floats
     limit: Floats
+    pairs: PairCosts | None = None
 
     def __post_init__(self) -> None:
         cost = np.asarray(self.cost, np.float64)
@@ -44,13 +88,20 @@ class Constraint:
             raise MpqError(f"constraint {self.name!r}: cost {self.cost.shape} and limit {self.limit.shape} don't fit")
         if not np.isfinite(self.cost).all() or np.isnan(self.limit).any():
             raise MpqError(f"constraint {self.name!r}: costs must be finite and limits not NaN")
+        if self.pairs is not None and (len(self.limit) != 1 or self.pairs.cost.shape[1:] != (self.cost.shape[1],) * 2):
+            raise MpqError(f"constraint {self.name!r}: pair costs need one row and the same schemes")
 
     @cached_property
     def slack_limit(self) -> Floats:
         """The limit with a tolerance for rounding of sums, ``[R]``."""
-        whole = (self.cost == np.round(self.cost)).all((0, 1))
+        whole = (self.cost == np.round(self.cost)).all((0, 1)) & (self.pairs is None)
         tolerance: Floats = np.where(whole, WHOLE_TOLERANCE, FLOAT_TOLERANCE)
         return self.limit + tolerance * np.abs(self.limit)
+
+    def usage(self, pick: ArrayLike) -> Floats:
+        """Row sums ``[R]`` of a pick ``[G]``, pairs included."""
+        total: Floats = _take(self.cost, pick).sum(0)
+        return total if self.pairs is None else total + self.pairs.total(pick)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,22 +146,23 @@ class Problem:
 
     def usage(self, pick: ArrayLike) -> dict[str, Floats]:
         """Constraint name -> row sums ``[R]`` of a pick."""
-        return {c.name: _take(c.cost, pick).sum(0) for c in self.constraints}
+        return {c.name: c.usage(pick) for c in self.constraints}
 
     def feasible(self, pick: ArrayLike) -> bool:
         """Whether a pick is allowed and meets every constraint."""
         allowed = bool(_take(self.allowed, pick).all())
-        return allowed and all(bool((_take(c.cost, pick).sum(0) <= c.slack_limit).all()) for c in self.constraints)
+        return allowed and all(bool((c.usage(pick) <= c.slack_limit).all()) for c in self.constraints)
 
     def smallest_usage(self) -> dict[str, Floats]:
-        """Constraint name -> smallest reachable row sums ``[R]``, each row on its own."""
+        """Constraint name -> smallest reachable row sums ``[R]``, each row on its own and without its pairs."""
         masked = {c.name: np.where(self.allowed[..., None], c.cost, np.inf) for c in self.constraints}
         return {name: cost.min(1).sum(0) for name, cost in masked.items()}
 
     def least(self, name: str, loss_limit: float) -> Problem:
         """The other direction: the least of a constraint's metric, with the total loss under a limit.
 
-        All other constraints stay; that of the metric goes, and one called ``loss`` comes.
+        All other constraints stay; that of the metric goes, and one called ``loss`` comes. What the metric costs pairs
+        of groups become interactions.
 
         Raises:
             MpqError: If there is no such constraint, it has several rows, or the loss has interactions.
@@ -123,7 +175,8 @@ class Problem:
             raise MpqError("a loss with interactions can't be a constraint: it is no sum over groups")
         loss = Constraint("loss", "", np.where(self.allowed, self.loss, 0.0), np.array([loss_limit]))
         others = tuple(c for c in self.constraints if c is not found)
-        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, loss))
+        joint = None if found.pairs is None else found.pairs.interactions(len(self.loss))
+        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, loss), joint)
 
 
 def pair_sum(interactions: Floats | None, pick: ArrayLike) -> float:

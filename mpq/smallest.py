@@ -22,14 +22,15 @@ def smallest_config(
     """See `Analysis.smallest`; objective and bound of the config's solver record are of the metric.
 
     Raises:
-        BudgetError: If the metric has no cost model here or is limited as well, the limit is no positive number, no
-            config meets the limits, or none was found in time.
+        BudgetError: If the metric has no cost model here, is no plain sum or is limited as well, the limit is no
+            positive number, no config meets the limits, or none was found in time.
     """
     if not 0 < loss_limit < math.inf:
         raise BudgetError(f"loss_limit must be a positive number, not {loss_limit}")
     if any(b.metric == metric for b in budgets):
         raise BudgetError(f"{metric} is what is to be least; drop its budget")
     cost = analysis.cost(metric)
+    cost.require_sum()
     base = analysis.problem(budgets)
     problem = Problem(base.loss, (*base.constraints, cost.constraint(math.inf)), base.interactions)
     ceiling = analysis.table.ceiling

@@ -26,7 +26,7 @@ from mpq.losses import OutputLoss
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Exhaustive, Solver
 from mpq.space import SearchSpace, make_space
-from mpq.trace import trace
+from mpq.trace import trace, trace_model
 from mpq.view import ModelView
 
 
@@ -272,19 +272,26 @@ class EstimatorContract:
 
 
 class CostContract:
-    """What holds for every cost model; the fixture is ``cost_model``: a function or its name."""
+    """What holds for every cost model; the fixture is ``cost_model``: a function or its name.
+
+    Attributes:
+        device: Where it is tried; it must run the four schemes.
+        schemes: By rising weight bits, the last one of floats.
+    """
+
+    device = "generic"
+    schemes = "W2A8,W4A8,W8A8,W32"
 
     def space(self) -> SearchSpace:
         """Search space of the tiny network."""
         net, data = tiny_network()
-        found: SearchSpace = analyze(net, data, "W2A8,W4A8,W8A8,W32", progress=False).space
-        return found
+        return make_space(trace_model(net, data[0]), self.schemes, device=find_device(self.device))
 
     def test_shape_and_finite(self, cost_model: CostModel | str) -> None:
         """One finite, non-negative cost for each choice."""
         space = self.space()
         cost = (COST_MODELS[cost_model] if isinstance(cost_model, str) else cost_model)(space)
-        assert cost.cost.shape == (len(space.groups), len(space.schemes))
+        assert cost.cost.shape[:2] == (len(space.groups), len(space.schemes))
         assert np.isfinite(cost.cost).all()
         assert (cost.cost >= 0).all()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,16 +10,21 @@ from torch.utils import _pytree as pytree
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in order; mappings that pytree does not know (Hugging Face outputs) are entered too."""
+    """All tensors in order."""
+    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+
+
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """All leaves in order; mappings that pytree does not know (Hugging Face outputs) are entered too."""
     if isinstance(tree, Mapping):
-        return [t for value in tree.values() for t in tensors_in(value)]
-    found = []
+        for value in tree.values():
+            yield from leaves_of(value)
+        return
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += tensors_in(leaf)
-    return found
+        if isinstance(leaf, Mapping):
+            yield from leaves_of(leaf)
+        else:
+            yield leaf
 
 
 def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from mpq.problem import Floats, Ints, Status
+from mpq.problem import Floats, Ints, PairCosts, Status
 
 _FEASIBILITY = 1e-9  # HiGHS's tolerance, absolute, on numbers scaled to about one
 _STATUS = {
@@ -35,6 +35,7 @@ class Core:
         limit: ``[R]``, finite.
         prices: ``[R]``.
         gap: The unit of the objective, positive.
+        pairs: What pairs of groups add to a row, with its number.
     """
 
     reduced: Floats
@@ -44,6 +45,7 @@ class Core:
     limit: Floats
     prices: Floats
     gap: float
+    pairs: tuple[tuple[int, PairCosts], ...] = ()
 
     def solve(
         self, start: Ints | None, cuts: list[Ints], seconds: float, seed: int
@@ -90,14 +92,20 @@ class Core:
         model = pulp.LpProblem("mpq", pulp.LpMinimize)
         x = [model.add_variable(f"x_{a}_{b}", cat="Binary") for a, b in zip(g, s, strict=True)]
         terms = [(v, c) for v, c in zip(x, (self.reduced[g, s] / self.gap).tolist(), strict=True)]
+        choose = dict(zip(zip(g.tolist(), s.tolist(), strict=True), x, strict=True))
         added = self.cost[g, s] - self.cost[g, self.base[g]]
         room = self.limit - self.cost[groups, self.base].sum(0)
         rows = []
         for r in range(len(room)):
             scale = max(float(np.abs(added[:, r]).max(initial=0.0)), abs(float(room[r]))) or 1.0
             slack = model.add_variable(f"slack_{r}", lowBound=0)
-            terms.append((slack, self.prices[r] * scale / self.gap))
-            row = [*zip(x, (added[:, r] / scale).tolist(), strict=True), (slack, 1.0)]
+            taken = [(slack, 1.0)]
+            for p, pairs in enumerate(pairs for row, pairs in self.pairs if row == r):
+                joint, links = self._joint(model, choose, pairs, f"{r}_{p}")
+                taken += [(v, c / scale) for v, c in joint]
+                rows += links
+            terms += [(v, c * self.prices[r] * scale / self.gap) for v, c in taken]
+            row = [*zip(x, (added[:, r] / scale).tolist(), strict=True), *taken]
             rows.append(pulp.LpAffineExpression(row) == float(room[r]) / scale)
         model += pulp.LpAffineExpression(terms)
         for row in rows:
@@ -111,7 +119,43 @@ class Core:
                 taken = cut[g] == s
                 changed = [(v, -1.0 if t else 1.0) for v, t in zip(x, taken, strict=True)]
                 model += pulp.LpAffineExpression(changed) >= 1 - int(taken.sum())
-        return model, dict(zip(zip(g.tolist(), s.tolist(), strict=True), x, strict=True))
+        return model, choose
+
+    def _joint(
+        self, model: Any, choose: dict[tuple[int, int], Any], pairs: PairCosts, name: str
+    ) -> tuple[list[tuple[Any, float]], list[Any]]:
+        """Variables that are 1 where both groups of a pair made their choices, with their costs, and what ties them.
+
+        Schemes that cost the same beside all others (equal activation formats) are one case. The sums over the other
+        group's cases are the choices themselves, which is the tightest such program (Sherali and Adams, 1990).
+        """
+        priced, links = [], []
+        for p, ((a, b), cost) in enumerate(zip(pairs.groups.tolist(), pairs.cost, strict=True)):
+            first, second = np.flatnonzero(self.keep[a]), np.flatnonzero(self.keep[b])
+            small = cost[np.ix_(first, second)]
+            if not small.any():
+                continue
+            _, row_case = np.unique(small, axis=0, return_inverse=True)
+            _, column_case = np.unique(small, axis=1, return_inverse=True)
+            shape = row_case.max() + 1, column_case.max() + 1
+            joint = [
+                [model.add_variable(f"y_{name}_{p}_{i}_{j}", 0, 1) for j in range(shape[1])] for i in range(shape[0])
+            ]
+            known = np.zeros(shape)
+            known[np.ix_(row_case, column_case)] = small
+            priced += [(joint[i][j], float(known[i, j])) for i, j in zip(*np.nonzero(known), strict=True)]
+            for i, row in enumerate(joint):
+                links.append(pulp.lpSum(row) == self._chosen(choose, a, first[row_case == i]))
+            for j, column in enumerate(zip(*joint, strict=True)):
+                links.append(pulp.lpSum(column) == self._chosen(choose, b, second[column_case == j]))
+        return priced, links
+
+    def _chosen(self, choose: dict[tuple[int, int], Any], g: int, schemes: Ints) -> Any:
+        """1 if a group takes one of the schemes."""
+        base = int(self.base[g])
+        if base not in schemes:
+            return pulp.lpSum(choose[g, s] for s in schemes.tolist())
+        return 1 - pulp.lpSum(x for (h, s), x in choose.items() if h == g and s not in schemes)
 
 
 class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]

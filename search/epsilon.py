@@ -49,7 +49,7 @@ def epsilon_surface(problem: Problem, names: Sequence[str], points: int = 8, tim
     Raises:
         MpqError: If the constraints aren't there or have several rows.
     """
-    from mpq.search.interaction import Interaction, separable_solver
+    from mpq.search.interaction import solver_for
 
     chosen = [c for name in names for c in problem.constraints if c.name == name and c.cost.shape[2] == 1]
     if len(chosen) != 2:
@@ -57,7 +57,7 @@ def epsilon_surface(problem: Problem, names: Sequence[str], points: int = 8, tim
     others = tuple(c for c in problem.constraints if c.name not in names)
     limits = [_limits(problem, c, points) for c in chosen]
     augmented = replace(problem, loss=_augmented(problem, chosen))
-    solver = separable_solver(problem, time_limit) if problem.interactions is None else Interaction(time_limit)
+    solver = solver_for(problem, time_limit)
     answers: dict[tuple[int, int], Solution | None] = {}
     for i in reversed(range(len(limits[0]))):
         for j in reversed(range(len(limits[1]))):
@@ -68,7 +68,7 @@ def epsilon_surface(problem: Problem, names: Sequence[str], points: int = 8, tim
                 continue
             answers[i, j] = next((s for s in looser if s is not None and _meets(s, chosen, cell)), None)
             if answers[i, j] is None:
-                tight = tuple(Constraint(c.name, c.unit, c.cost, x) for c, x in zip(chosen, cell, strict=True))
+                tight = tuple(replace(c, limit=np.array([x])) for c, x in zip(chosen, cell, strict=True))
                 answers[i, j] = solver.solve(replace(augmented, constraints=(*others, *tight)))
     return _surface(problem, chosen, [s for s in answers.values() if s is not None and s.pick is not None])
 

@@ -12,7 +12,7 @@ import pulp
 
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Floats, Ints, Problem, Solution
-from mpq.search.interaction import separable_solver
+from mpq.search.interaction import solver_for
 
 _DOUBTFUL = 1e-8
 _FEASIBILITY = 1e-9  # HiGHS's tolerance, absolute, on rows scaled to about one
@@ -52,8 +52,8 @@ def least_usage(problem: Problem, name: str, time_limit: float = 60.0) -> Soluti
     """
     # `least` limits the loss, too; an infinite limit never binds.
     least = Problem(problem.loss, problem.constraints).least(name, np.inf)
-    others = Problem(least.loss, least.constraints[:-1])
-    return separable_solver(others, time_limit).solve(others)
+    others = Problem(least.loss, least.constraints[:-1], least.interactions)
+    return solver_for(others, time_limit).solve(others)
 
 
 def smallest_relaxation(
@@ -72,7 +72,8 @@ def smallest_relaxation(
     Raises:
         MpqError: If a unit is not positive.
     """
-    rows = [_row(c, r, units) for c in problem.constraints for r in range(len(c.limit)) if np.isfinite(c.limit[r])]
+    limited = [(c, r) for c in problem.constraints for r in range(len(c.limit)) if np.isfinite(c.limit[r])]
+    rows = [_row(c, r, units) for c, r in limited]
     if not rows:
         return Relaxation(0.0, problem.allowed.argmax(1), True)
     over = np.stack([cost for cost, _ in rows], 2)  # costs and limits in units of the relaxation
@@ -81,21 +82,28 @@ def smallest_relaxation(
         pick, proven = np.where(problem.allowed, over[..., 0], np.inf).argmin(1), True
     else:
         pick, proven = _least_excess(problem, over, limit, time_limit)
-    excess = max(0.0, float((over[np.arange(len(pick)), pick].sum(0) - limit).max()))
+    pairs = [c.pairs.total(pick) / _unit(c, 0, units) if c.pairs else 0.0 for c, _ in limited]
+    excess = max(0.0, float((over[np.arange(len(pick)), pick].sum(0) + pairs - limit).max()))
+    proven = proven and not any(pairs)  # they are added up, not minimized
     if problem.feasible(pick):
         return Relaxation(0.0, pick, True)
     if excess < _DOUBTFUL:  # within HiGHS's tolerance another pick may need none
-        limited = Problem(np.where(problem.allowed, 0.0, np.inf), problem.constraints)
-        found = separable_solver(limited, time_limit).solve(limited).pick
+        free = Problem(np.where(problem.allowed, 0.0, np.inf), problem.constraints)
+        found = solver_for(free, time_limit).solve(free).pick
         if found is not None:
             return Relaxation(0.0, found, True)
     return Relaxation(excess, pick, proven)
 
 
-def _row(constraint: Constraint, r: int, units: Mapping[str, float] | None) -> tuple[Floats, float]:
+def _unit(constraint: Constraint, r: int, units: Mapping[str, float] | None) -> float:
     unit = abs(float(constraint.limit[r])) if units is None else units[constraint.name]
     if not unit > 0:
         raise MpqError(f"{constraint.name!r}: the unit of a relaxation must be positive, not {unit:g}")
+    return unit
+
+
+def _row(constraint: Constraint, r: int, units: Mapping[str, float] | None) -> tuple[Floats, float]:
+    unit = _unit(constraint, r, units)
     return constraint.cost[..., r] / unit, float(constraint.limit[r]) / unit
 
 

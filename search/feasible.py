@@ -42,6 +42,8 @@ class FeasiblePicks:
         """Which of picks ``[K, G]`` are feasible, ``[K]``."""
         used = self._cost[self._groups, picks].sum(1)
         fits: NDArray[np.bool_] = (used <= self._limit).all(1) & self.problem.allowed[self._groups, picks].all(1)
+        if any(c.pairs is not None for c in self.problem.constraints):
+            fits &= [self.problem.feasible(p) for p in picks]
         return fits
 
     def repair(self, pick: ArrayLike, rng: np.random.Generator) -> Ints:

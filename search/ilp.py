@@ -13,10 +13,11 @@ from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved
 from mpq.search.core import Core
 from mpq.search.lagrangian import relax
 from mpq.search.repair import Repair
-from mpq.search.rows import binding_rows, fitting, named_prices
+from mpq.search.rows import binding_pairs, binding_rows, fitting, named_prices
 
 _MAX_CUTS = 100
 _FIT_UNIT = 10.0  # a unit of the objective at most this many times the excess found is small enough
+_REPAIRS = 5  # first picks where pairs have costs
 _FIRST_CORES = (30, 100)  # groups of the integer programs that only seek a better pick
 
 
@@ -32,6 +33,9 @@ class Ilp:
 
     A pick that violates a limit by HiGHS's tolerance is cut off and the program solved again. As HiGHS's tolerances are
     absolute, the objective is in units of the gap: `OPTIMAL` holds within about 1e-6 of it.
+
+    Costs of pairs (`mpq.problem.PairCosts`) are never negative, so that relaxing them away keeps the bound; in the
+    integer programs they are exact.
 
     Attributes:
         time_limit: Seconds; after that the best pick found is returned as `FEASIBLE` with its bound.
@@ -80,6 +84,7 @@ class _Run:
         self._problem, self._deadline, self._seed = problem, deadline, seed
         self._groups = np.arange(len(problem.loss))
         self._cost, self._limit = binding_rows(problem)
+        self._pairs = binding_pairs(problem)
         self._allowed = fitting(problem.allowed, self._cost, self._limit)
         self._loss = np.where(self._allowed, problem.loss, np.inf)
         self.bound = np.inf
@@ -95,9 +100,7 @@ class _Run:
         """Improve the pick until time is up or there is a proof: `OPTIMAL` or `INFEASIBLE`."""
         if np.isinf(self.bound):
             return Status.INFEASIBLE
-        relaxed = self._relaxed
-        repair = Repair(self._loss, self._cost, self._limit, relaxed.reduced, relaxed.prices, self._deadline)
-        self._offer(repair.best())
+        self._repaired()
         for count in _FIRST_CORES:
             if self.pick is None or self._remaining() <= 0:
                 break
@@ -106,6 +109,19 @@ class _Run:
                 _, pick, _ = self._run(self._most_in_doubt(keep, count), self._gap(), self._remaining() / 10)
                 self._offer(pick)
         return self._prove()
+
+    def _repaired(self) -> None:
+        """First picks. With pair costs, what those of the last pick take is left free, and uniform picks are tried."""
+        relaxed, limit = self._relaxed, self._limit.copy()
+        for _ in range(_REPAIRS if self._pairs else 1):
+            pick = Repair(self._loss, self._cost, limit, relaxed.reduced, relaxed.prices, self._deadline).best()
+            if pick is None or self._problem.feasible(pick):
+                self._offer(pick)
+                break
+            for row, pairs in self._pairs:
+                limit[row] = min(limit[row], self._limit[row] - pairs.total(pick))
+        for s in range(self._loss.shape[1] if self._pairs else 0):
+            self._offer(np.full(len(self._loss), s))
 
     def _prove(self) -> Status:
         """Integer programs over all that is left, until the unit of the objective fits what is found."""
@@ -134,7 +150,7 @@ class _Run:
 
     def _run(self, keep: NDArray[np.bool_], unit: float, seconds: float) -> tuple[Status, Ints | None, float]:
         relaxed = self._relaxed
-        core = Core(relaxed.reduced, keep, self._base, self._cost, self._limit, relaxed.prices, unit)
+        core = Core(relaxed.reduced, keep, self._base, self._cost, self._limit, relaxed.prices, unit, self._pairs)
         return core.solve(self.pick, self._cuts, seconds, self._seed)
 
     def _offer(self, pick: Ints | None) -> None:

@@ -203,7 +203,7 @@ class BranchAndBound:
         offset = totals(Problem(loss, (), between), chosen)
         picks = np.repeat(fixed[None], len(chosen), 0)
         picks[:, free] = chosen
-        fits = (self._cost[np.arange(len(keep)), picks].sum(1) <= self._limit).all(1)
+        fits = (self._cost[np.arange(len(keep)), picks].sum(1) <= self._limit).all(1)  # but for costs of pairs
         for i in np.argsort(offset, kind="stable"):
             if fits[i] and self.problem.feasible(picks[i]):
                 self.offer(picks[i])
@@ -218,9 +218,15 @@ class BranchAndBound:
 
 
 def separable_solver(problem: Problem, seconds: float = 60.0) -> Knapsack | Ilp:
-    """The exact solver without interactions: the knapsack for one row, the integer program for several."""
+    """The exact solver without interactions: the knapsack for one row, the integer program for several or for pairs."""
     rows = sum(c.cost.shape[2] for c in problem.constraints)
-    return Knapsack(time_limit=seconds) if rows <= 1 else Ilp(time_limit=seconds)
+    pairs = any(c.pairs is not None for c in problem.constraints)
+    return Ilp(time_limit=seconds) if rows > 1 or pairs else Knapsack(time_limit=seconds)
+
+
+def solver_for(problem: Problem, seconds: float) -> Knapsack | Ilp | Interaction:
+    """The solver for any problem, with a time limit."""
+    return separable_solver(problem, seconds) if problem.interactions is None else Interaction(seconds)
 
 
 def _prices(search: LocalSearch, pick: Ints) -> dict[str, float]:

@@ -42,13 +42,15 @@ class Knapsack:
         """Solve a problem.
 
         Raises:
-            MpqError: If the problem has several constraints or rows, or interactions.
+            MpqError: If the problem has several constraints or rows, interactions, or costs of pairs.
         """
         started = time.perf_counter()
         if problem.interactions is not None:
             raise MpqError("the knapsack takes no interactions; use the interaction solver")
         if len(problem.constraints) > 1 or any(c.cost.shape[2] > 1 for c in problem.constraints):
             raise MpqError("the knapsack takes one constraint with one row; use the ilp solver")
+        if any(c.pairs is not None for c in problem.constraints):
+            raise MpqError("the knapsack takes no costs of pairs; use the ilp solver")
         name, cost, limit = _single(problem)
         if any((problem.smallest_usage()[c.name] > c.slack_limit).any() for c in problem.constraints):
             return infeasible(problem, time.perf_counter() - started, "knapsack")

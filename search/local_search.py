@@ -113,8 +113,9 @@ class LocalSearch:
 
     def _move_one(self) -> bool:
         change = np.where((self._added <= self._room).all(2), self._change, 0.0)
-        g, s = divmod(int(change.argmin()), change.shape[1])
-        return bool(change[g, s] < self._least) and self._apply((g, s))
+        better = np.argwhere(change < self._least)
+        order = np.argsort(change[tuple(better.T)], kind="stable")
+        return any(self._apply((int(g), int(s))) for g, s in better[order])
 
     def _move_two(self, first: int, last: int) -> bool:
         """The best feasible pair of changes, of a group in ``first:last`` and of a group from ``first`` on."""

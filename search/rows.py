@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpq.problem import Constraint, Floats, Problem
+from mpq.problem import Constraint, Floats, PairCosts, Problem
 
 
 def binding_rows(problem: Problem) -> tuple[Floats, Floats]:
@@ -14,6 +14,13 @@ def binding_rows(problem: Problem) -> tuple[Floats, Floats]:
     kept = [(c, _binding(problem, c)) for c in problem.constraints]
     cost = np.concatenate([np.zeros((G, S, 0)), *(c.cost[..., rows] for c, rows in kept)], axis=2)
     return cost, np.concatenate([np.zeros(0), *(c.slack_limit[rows] for c, rows in kept)])
+
+
+def binding_pairs(problem: Problem) -> tuple[tuple[int, PairCosts], ...]:
+    """The pair costs of `binding_rows`, each with the number of its row."""
+    kept = [(c, int(_binding(problem, c).sum())) for c in problem.constraints]
+    first = np.cumsum([0, *(n for _, n in kept)])
+    return tuple((int(i), c.pairs) for i, (c, n) in zip(first, kept, strict=False) if n and c.pairs is not None)
 
 
 def fitting(keep: NDArray[np.bool_], cost: Floats, limit: Floats) -> NDArray[np.bool_]:
@@ -42,5 +49,6 @@ def named_prices(problem: Problem, prices: Floats) -> dict[str, float]:
 def _binding(problem: Problem, constraint: Constraint) -> NDArray[np.bool_]:
     """Which rows some pick violates ``[R]``."""
     largest = np.where(problem.allowed[..., None], constraint.cost, -np.inf).max(1).sum(0)
-    found: NDArray[np.bool_] = largest > constraint.slack_limit
+    pairs = 0.0 if constraint.pairs is None else constraint.pairs.largest
+    found: NDArray[np.bool_] = largest + pairs > constraint.slack_limit
     return found

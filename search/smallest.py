@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from mpq.problem import FLOAT_TOLERANCE, Constraint, Problem, Solution, Status
-from mpq.search.interaction import Interaction, separable_solver
+from mpq.search.interaction import Interaction, solver_for
 
 _STEPS = 60
 _SHARE = 1 / 12  # of the time limit, for one solve of the bisection
@@ -37,7 +38,7 @@ def smallest_cost(problem: Problem, name: str, loss_limit: float, time_limit: fl
     started = time.perf_counter()
     least = Problem(problem.loss, problem.constraints).least(name, loss_limit)
     if problem.interactions is None or not problem.interactions.any():
-        return separable_solver(least, time_limit).solve(least)
+        return solver_for(least, time_limit).solve(least)
     run = _Bisection(problem, next(c for c in problem.constraints if c.name == name), loss_limit, started + time_limit)
     return run.solve(started, _SHARE * time_limit)
 
@@ -50,16 +51,15 @@ class _Bisection:
         self._others = tuple(c for c in problem.constraints if c is not constraint)
         self._loss_limit = loss_limit + FLOAT_TOLERANCE * abs(loss_limit)
         self._cost = constraint.cost[..., 0]
-        self._whole = bool((self._cost == np.round(self._cost)).all())
+        self._whole = constraint.pairs is None and bool((self._cost == np.round(self._cost)).all())
 
     def solve(self, started: float, seconds: float) -> Solution:
         """Bisection; see `smallest_cost`."""
-        groups = np.arange(len(self._cost))
         first = self._least_loss(np.inf, seconds)
         if first.pick is None or first.objective > self._loss_limit:
             return self._none(first, time.perf_counter() - started)
         pick = first.pick
-        high = float(self._cost[groups, pick].sum())
+        high = float(self._constraint.usage(pick)[0])
         floor = float(np.where(self._problem.allowed, self._cost, np.inf).min(1).sum())
         ruled_out = low = floor - (1.0 if self._whole else _PRECISION * abs(floor))
         for _ in range(_STEPS):
@@ -70,7 +70,7 @@ class _Bisection:
             limit = float(np.clip(np.floor(limit), low, high - 1)) if self._whole else limit
             found = self._least_loss(limit, seconds)
             if found.pick is not None and found.objective <= self._loss_limit:
-                pick, high = found.pick, float(self._cost[groups, found.pick].sum())
+                pick, high = found.pick, float(self._constraint.usage(found.pick)[0])
                 continue
             if found.bound > self._loss_limit:
                 ruled_out = max(ruled_out, limit)
@@ -82,7 +82,7 @@ class _Bisection:
 
     def _least_loss(self, limit: float, seconds: float) -> Solution:
         c = self._constraint
-        limited = () if np.isinf(limit) else (Constraint(c.name, c.unit, c.cost, np.array([limit])),)
+        limited = () if np.isinf(limit) else (replace(c, limit=np.array([limit])),)
         problem = Problem(self._problem.loss, (*self._others, *limited), self._problem.interactions)
         return Interaction(seconds).solve(problem)
 

@@ -1,4 +1,4 @@
-"""Scores of layers become scores of groups, and values of samples or draws have standard errors."""
+"""Scores of layers become scores of groups; shared by the estimators that score one layer at a time."""
 
 from __future__ import annotations
 
@@ -35,10 +35,3 @@ def squared_error(view: ModelView, bank: QuantizerBank, layer: LayerSpec, scheme
     """Squared norm of a weight's quantization error, ``||Q(w) - w||^2``."""
     error = bank.weight(layer, scheme.weight) - view.weight(layer.name)
     return float(error.double().square().sum())
-
-
-def standard_error(values: Floats) -> Floats:
-    """Standard error of the mean over the first axis; NaN for a single row."""
-    rows = len(values)
-    found: Floats = values.std(0, ddof=1) / rows**0.5 if rows > 1 else np.full(values.shape[1:], np.nan)
-    return found

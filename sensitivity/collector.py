@@ -22,6 +22,8 @@ from mpq.space import layer_scheme
 from mpq.trees import map_tensors, tensors_in
 from mpq.view import ModelView
 
+_CHUNK = 16  # probes whose gradients share the runs of a layer
+
 
 @dataclass(eq=False)
 class _Call:
@@ -44,7 +46,7 @@ class Collector:
     """Effects of every layer and scheme for the samples of one batch.
 
     Memory: the layers' inputs, which training keeps as well, and one layer's errors at a time. With several draws, the
-    gradients of all but the last one are kept too.
+    gradients of up to 15 earlier ones are kept too.
 
     Args:
         view: The model.
@@ -134,14 +136,18 @@ class Collector:
         self._last = draws - 1
         for self._draw, probe in enumerate(probes):
             torch.autograd.backward(probe, retain_graph=self._draw < self._last)
-        for call in self._calls:
-            self._project(call)  # of calls that the last probe did not reach
+            if self._closes_chunk():
+                for call in self._calls:
+                    self._project(call)  # of calls that the last probe did not reach
         return torch.stack(list(self._effects.values()), 2)
 
     def _on_gradient(self, call: _Call, gradient: Tensor) -> None:
         call.gradients[self._draw] = gradient
-        if self._draw == self._last:
+        if self._closes_chunk():
             self._project(call)
+
+    def _closes_chunk(self) -> bool:
+        return self._draw == self._last or self._draw % _CHUNK == _CHUNK - 1
 
     @torch.no_grad()
     def _project(self, call: _Call) -> None:
@@ -160,7 +166,8 @@ class Collector:
             raise DataError(f"the influence of layer {layer.name!r} is NaN or infinite; check its inputs and the loss")
         self._effects[layer.name][:, draws] += found
         call.gradients.clear()
-        call.inputs = ((), {})
+        if self._draw == self._last:
+            call.inputs = ((), {})
 
     def _layout(self, call: _Call, gradient: Tensor) -> Layout:
         """Where the samples are in an output of this batch; its gradients are ``[draws, ...]``."""

@@ -17,18 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
 from mpq.errors import MpqError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
-from mpq.problem import Floats
+from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
-from mpq.sensitivity.aggregate import standard_error
 from mpq.sensitivity.collector import Collector
-from mpq.sensitivity.rows import MIXED, Layouts, check_reached, find_layouts
+from mpq.sensitivity.rows import Layouts, check_reached, layouts_of
+from mpq.sensitivity.spread import batch_numbers, standard_error
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.store import ScoreStore
@@ -75,7 +76,7 @@ def influence(
         GraphError: If no gradient reaches a layer that matters.
         MpqError: If ``exact`` or a loss without a value per sample meets a layer that mixes samples.
     """
-    layouts, passes = _layouts(view, space, data)
+    layouts, passes = layouts_of(view, [x.name for x in space.layers], data)
     job = _Job(view, space.layers, space.schemes, bank, loss, layouts, 0 if exact else draws, seed, store)
     jobs = [replace(job, batch=batch) for batch in data.batches]
     results: Iterator[_Rows] = map(_run, jobs) if executor is None else executor.map(_run_apart, jobs)
@@ -133,7 +134,9 @@ def _run(job: _Job) -> _Rows:
     if job.store is None:
         return _measure(job, job.batch, job.schemes)
     names = [x.name for x in job.layers]
-    content = {"batch": job.batch.content_hash, "draws": job.draws, "seed": job.seed}
+    content: dict[str, Any] = {"batch": job.batch.content_hash, "draws": job.draws, "seed": job.seed}
+    # More data may tell that samples are not where they seemed to be.
+    content["layouts"] = sorted(job.layouts.items())
     shelf = job.store.within(estimator="influence", layers=names, **content)
     keys = [{"scheme": str(s), "ranges": _ranges(job, s)} for s in job.schemes]
     known = [shelf.get(**k) for k in keys]
@@ -165,7 +168,7 @@ def _measure(job: _Job, batch: Batch, schemes: tuple[Scheme, ...]) -> _Rows:
         draws = job.draws
         probes = (job.loss.probe(output, batch, generator) for _ in range(draws))
     else:
-        draws = sum(1 for _ in job.loss.all_probes(output, batch))
+        draws = job.loss.count_probes(output, batch)
         probes = (p for p in job.loss.all_probes(output, batch))
     effects = collector.backward(probes, draws).numpy() * (job.draws**-0.5 if job.draws else 1.0)
     if collector.mixed and not (job.draws and job.loss.by_sample(output, batch)):
@@ -185,19 +188,6 @@ def _ranges(job: _Job, scheme: Scheme) -> list[Any]:
     return [job.bank.range(x, layer_scheme(x, scheme).activation) for x in job.layers]
 
 
-def _layouts(view: ModelView, space: SearchSpace, data: Calibration) -> tuple[Layouts, float]:
-    """Where the samples are in every output, and the forward passes of finding out.
-
-    The two largest batches must agree: routing may happen to keep the samples apart in one of them.
-    """
-    layouts: Layouts = {}
-    tried = sorted((b for b in data.batches if b.size > 1), key=lambda b: -b.size)[:2]
-    for batch in tried:
-        found = find_layouts(view, [x.name for x in space.layers], batch)
-        layouts = {k: v if layouts.get(k, v) == v else MIXED for k, v in found.items()}
-    return layouts, 2 * sum(b.size for b in tried) / data.num_samples
-
-
 def _table(space: SearchSpace, effects: list[Floats], mixed: set[str], provenance: dict[str, Any]) -> SensitivityTable:
     """Join the effects of all batches; layers become groups."""
     column = {layer.name: i for i, layer in enumerate(space.layers)}
@@ -205,15 +195,14 @@ def _table(space: SearchSpace, effects: list[Floats], mixed: set[str], provenanc
     grouped = [np.stack([rows[:, :, m].sum(2) for m in members], 2) for rows in effects]
     # Each sample's share of the mean loss: half its squared effects, summed over draws [N, G, S].
     shares: Floats = np.concatenate([0.5 * np.square(e).sum(1) for e in grouped])
-    samples = len(shares)
-    stderr = standard_error(shares)
-    over_batches = [g for g, group in enumerate(space.groups) if mixed & {x.name for x in group.layers}]
-    if over_batches:
-        means = np.stack([0.5 * np.square(e[:, :, over_batches]).sum((0, 1)) * len(grouped) for e in grouped]) / samples
-        stderr[over_batches] = standard_error(means)
-    rows = _same_draws(grouped)
+    stderr, rows = standard_error(shares), _same_draws(grouped)
+    # Rows of a layer that mixes samples are the same for all of a batch.
+    over_batches = np.array([bool(mixed & {x.name for x in group.layers}) for group in space.groups])
+    batches = batch_numbers(map(len, grouped)) if over_batches.any() else None
+    stderr[over_batches] = standard_error(shares[:, over_batches], batches)
+    interactions = second_order(rows, batches, over_batches)[1]
     names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
-    return SensitivityTable(*names, shares.mean(0), stderr, second_order(rows)[1], rows, provenance=provenance)
+    return SensitivityTable(*names, shares.mean(0), stderr, interactions, rows, batches=batches, provenance=provenance)
 
 
 def _same_draws(grouped: list[Floats]) -> Floats:
@@ -222,11 +211,20 @@ def _same_draws(grouped: list[Floats]) -> Floats:
     return np.concatenate([np.pad(e, ((0, 0), (0, draws - e.shape[1]), (0, 0), (0, 0))) for e in grouped])
 
 
-def second_order(rows: Floats) -> tuple[Floats, Floats]:
+def second_order(
+    rows: Floats, batches: Ints | None = None, over_batches: NDArray[np.bool_] | None = None
+) -> tuple[Floats, Floats]:
     """Losses ``[G, S]`` and shrunk interactions ``[G, S, G, S]`` of rows ``[N, D, G, S]``.
 
     Products of effects, averaged over few samples, are noisy. All interactions are multiplied by the share of their
-    squares, in units of the losses, that is not noise (Ledoit and Wolf, 2004, for covariances); the losses stay.
+    squares, in units of the losses, that is not noise (Ledoit and Wolf, 2004, for covariances); the losses stay. One
+    sample alone can't tell, so that nothing is left of them then.
+
+    Args:
+        rows: Effects.
+        batches: Number of each row's batch ``[N]``.
+        over_batches: Groups ``[G]`` whose rows are one of each batch: their interactions have a share of their own, for
+            which batches are what is independent.
     """
     N, D, G, S = rows.shape
     flat = rows.reshape(N, D, G * S)
@@ -234,11 +232,26 @@ def second_order(rows: Floats) -> tuple[Floats, Floats]:
     products = np.einsum("nda,ndb->ab", flat, flat, optimize=True) / N
     scale = np.sqrt(np.maximum(losses, 1e-300))
     between = ~np.kron(np.eye(G, dtype=bool), np.ones((S, S), dtype=bool)) & (losses > 0) & (losses > 0)[:, None]
-    unit = flat / scale
-    squares = sum(np.square(np.einsum("da,db->ab", u, u)) for u in unit) / N
-    correlations = products / np.outer(scale, scale)
-    signal = np.square(correlations)[between].sum()
-    noise = (squares - np.square(correlations))[between].sum() / max(N - 1, 1)
-    share = float(np.clip(1 - noise / signal, 0, 1)) if signal > 0 else 0.0
-    interactions: Floats = np.where(between, share * products, 0).reshape(G, S, G, S)
-    return losses.reshape(G, S), interactions
+    apart = np.repeat(np.ones(G, bool) if over_batches is None else ~over_batches, S)
+    by_sample = between & apart & apart[:, None]
+    shares = np.where(by_sample, _signal(flat / scale, None, by_sample), 0.0)
+    if not apart.all():
+        rest = between & ~by_sample
+        shares[rest] = _signal(flat / scale, batches, rest)
+    return losses.reshape(G, S), (shares * products).reshape(G, S, G, S)
+
+
+def _signal(unit: Floats, batches: Ints | None, pairs: NDArray[np.bool_]) -> float:
+    """Share of the squared mean products of effects ``[N, D, A]`` that is no noise, over some pairs ``[A, A]``."""
+    N, _, A = unit.shape
+    counts = np.ones(N, np.int64) if batches is None else np.bincount(batches)
+    if len(counts) < 2:
+        return 0.0
+    mean = np.einsum("nda,ndb->ab", unit, unit, optimize=True) / N
+    noise = np.zeros((A, A))
+    for part in np.split(unit, np.cumsum(counts)[:-1]):
+        flat = part.reshape(-1, A)
+        noise += np.square((flat.T @ flat - len(part) * mean) / N)
+    signal = np.square(mean)[pairs].sum()
+    lost = noise[pairs].sum() * len(counts) / (len(counts) - 1)
+    return float(np.clip(1 - lost / signal, 0, 1)) if signal > 0 else 0.0

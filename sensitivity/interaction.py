@@ -18,17 +18,11 @@ from mpq.losses import OutputLoss
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
-from mpq.sensitivity.aggregate import standard_error
 from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.options import check_values
-from mpq.sensitivity.perturbation import (
-    check_finite,
-    float_recording,
-    names_of,
-    quantized,
-    rise_meter,
-)
+from mpq.sensitivity.perturbation import check_finite, float_recording, mean_rise, names_of, quantized, rise_meter
 from mpq.sensitivity.prefix import Recording
+from mpq.sensitivity.spread import standard_error
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.view import ModelView
@@ -70,7 +64,7 @@ def measured_pairs(
 
     Returns:
         A table in the unit of ``loss`` whose prediction of every pair is what was measured (without ``psd``). Losses
-        are zero where the loss fell (``provenance["negative_losses"]``); standard errors are those over samples.
+        are zero where the loss fell (``provenance["negative_losses"]``); standard errors as those of `perturbation`.
 
     Raises:
         DataError: If a measured loss is NaN or infinite.
@@ -79,13 +73,14 @@ def measured_pairs(
     rows = [np.zeros((batch.size, G, S)) for batch in data.batches]
     pairs = np.zeros((G, S, G, S))
     steps = ((number, g, s) for number in range(len(rows)) for g in range(G) for s in range(S))
-    measured = _pair_losses(view, space, data, bank, loss)
-    bar = progress_bar(zip(steps, measured, strict=True), "pairs", progress, len(rows) * G * S)
+    by_sample: list[bool] = []
+    measured = zip(steps, _pair_losses(view, space, data, bank, loss, by_sample), strict=True)
+    bar = progress_bar(measured, "pairs", progress, len(rows) * G * S)
     for (number, g, s), (single, others) in bar:
         rows[number][:, g, s] = single
         pairs[g, s] += others / data.num_samples
-    values = np.concatenate(rows)
-    losses, negative = cut_below_zero(space, values.mean(0))
+    mean, stderr = mean_rise(rows, all(by_sample))
+    losses, negative = cut_below_zero(space, mean)
     known = _later_pairs(space)
     above = np.where(known, pairs - losses[..., None, None] - losses, 0.0)
     interactions = above + above.transpose(2, 3, 0, 1)
@@ -93,7 +88,7 @@ def measured_pairs(
         losses, interactions = _semidefinite(losses, interactions)
     passes = 1 + G * S + int(known.sum())
     options = {"loss": loss.name, "psd": psd, "negative_losses": negative}
-    table = table_of(space, losses, standard_error(values), "measured_pairs", passes, **options)
+    table = table_of(space, losses, stderr, "measured_pairs", passes, **options)
     return replace(table, interactions=interactions)
 
 
@@ -105,12 +100,21 @@ def _later_pairs(space: SearchSpace) -> np.ndarray[tuple[int, ...], np.dtype[np.
 
 
 def _pair_losses(
-    view: ModelView, space: SearchSpace, data: Calibration, bank: QuantizerBank, loss: OutputLoss
+    view: ModelView,
+    space: SearchSpace,
+    data: Calibration,
+    bank: QuantizerBank,
+    loss: OutputLoss,
+    by_sample: list[bool],
 ) -> Iterator[tuple[Floats, Floats]]:
-    """For each batch and choice: its loss by sample ``[B]``, and with each later choice, summed over samples."""
+    """For each batch and choice: its loss by sample ``[B]``, and with each later choice, summed over samples.
+
+    Adds to ``by_sample`` for each batch whether the loss tells its samples apart.
+    """
     known = _later_pairs(space)
     for batch in data.batches:
         float_pass = float_recording(view, batch)
+        by_sample.append(loss.by_sample(float_pass.output, batch))
         meter = rise_meter(loss, float_pass.output, batch)
         for g, s in np.ndindex(*space.allowed.shape):
             first = _choice(space, g, s)
@@ -360,8 +364,7 @@ def augmented_order(table: SensitivityTable, scheme: str | None = None) -> Ints:
     ``hessian_trace`` table of the same groups and schemes:
     ``dataclasses.replace(trace, interactions=other.interactions)``.
 
-    No search here needs the list: `mpq.search.bisection.Bisection` goes along the picks of the least predicted loss,
-    interactions included, which have more than two schemes and any costs.
+    No search here uses the list: `mpq.search.bisection` goes along the picks of the least predicted loss.
 
     Args:
         table: With interactions.

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, MpqError
+from mpq.labels import IGNORED_LABEL, has_labels, scores_and_labels
 from mpq.losses import KLLoss, OutputLoss, logits_of
 from mpq.problem import Floats
 from mpq.sensitivity.capture import Objective
-
-_IGNORED_LABEL = -100  # PyTorch's and Hugging Face's convention
 
 
 def probe_objective(
@@ -98,11 +97,6 @@ def _label_objective(loss: OutputLoss, data: Calibration) -> Objective:
     return total
 
 
-def has_labels(batch: Batch) -> bool:
-    """Whether a batch has class labels."""
-    return isinstance(batch.labels, Tensor) and not batch.labels.is_floating_point()
-
-
 def require_labels(data: Calibration) -> None:
     """Refuse data without class labels.
 
@@ -122,35 +116,16 @@ def label_losses(output: Any, batch: Batch, loss: OutputLoss) -> tuple[Tensor, T
 
     Args:
         output: Class scores; class probabilities where ``loss`` takes them for such.
-        batch: With labels; those of -100 don't count.
+        batch: With labels; those of -100 don't count, nor those that its attention mask hides.
         loss: What is protected.
 
     Raises:
         DataError: If the labels don't fit the output.
     """
-    scores, labels = _by_position(output, batch)
-    counted, classes = labels != _IGNORED_LABEL, scores.shape[2]
-    if ((labels < 0) | (labels >= classes))[counted].any():
-        raise DataError(f"a label is not one of the model's {classes} classes (0 to {classes - 1})")
+    scores, labels = scores_and_labels(logits_of(output), batch)
+    counted = labels != IGNORED_LABEL
     scores = scores if scores.dtype == torch.float64 else scores.float()
     probabilities = isinstance(loss, KLLoss) and loss.probabilities
     log_p = scores.clamp_min(torch.finfo(scores.dtype).tiny).log() if probabilities else F.log_softmax(scores, -1)
     losses = -log_p.gather(2, labels.clamp_min(0)[..., None])[..., 0]
     return losses, counted / counted.sum(1, keepdim=True).clamp_min(1)
-
-
-def _by_position(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Class scores ``[B, P, C]`` and labels ``[B, P]``."""
-    logits, labels = logits_of(output), batch.labels
-    if logits is None or logits.dim() < 2:
-        raise DataError("labels='true' needs class scores as output; use labels='probe'")
-    scores = logits.movedim(1, -1) if logits.dim() > 3 else logits
-    labels = labels.to(scores.device, torch.long)
-    if labels.dim() == scores.dim() and labels.shape[-1] == 1:
-        labels = labels[..., 0]
-    if labels.shape != scores.shape[:-1]:
-        raise DataError(f"labels of shape {tuple(labels.shape)} don't fit class scores {tuple(logits.shape)}")
-    ids = batch.kwargs.get("input_ids")
-    if isinstance(ids, Tensor) and torch.equal(labels.where(labels != _IGNORED_LABEL, ids.to(labels)), ids.to(labels)):
-        scores, labels = scores[:, :-1], labels[:, 1:]  # causal language models predict the next token
-    return scores.reshape(len(scores), -1, scores.shape[-1]), labels.reshape(len(labels), -1)

@@ -16,9 +16,9 @@ from mpq.layers import LayerGroup, LayerSpec
 from mpq.losses import OutputLoss
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
-from mpq.sensitivity.aggregate import standard_error
 from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.perturbation import rise_meter
+from mpq.sensitivity.spread import standard_error
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.trees import map_tensors

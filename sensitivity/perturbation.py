@@ -16,11 +16,12 @@ from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, MpqError
 from mpq.layers import LayerGroup
 from mpq.losses import KLLoss, MSELoss, OutputLoss, check_finite_output, logits_of, resolve_loss
+from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat, Scheme
-from mpq.sensitivity.aggregate import standard_error
 from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.prefix import Recording
+from mpq.sensitivity.spread import batch_numbers, standard_error
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.trees import tensors_in
@@ -86,12 +87,23 @@ def perturbation(
     rows = [np.zeros((batch.size, *space.allowed.shape)) for batch in data.batches]
     for number, g, values in progress_bar(passes, "perturbation", progress, total):
         rows[number][:, g] = values.numpy()
-    shares = np.concatenate(rows)
-    parts = shares if all(by_sample) else np.stack([r.sum(0) for r in rows]) * len(rows) / len(shares)
-    losses, negative = cut_below_zero(space, shares.mean(0))
+    mean, stderr = mean_rise(rows, all(by_sample))
+    losses, negative = cut_below_zero(space, mean)
     options = {"loss": loss.name, "measure": measure, "unit": loss.name if measure == "loss" else measure}
-    cost, stderr = 1 + space.allowed.size, standard_error(parts)
+    cost = 1 + space.allowed.size
     return table_of(space, losses, stderr, "perturbation", cost, negative_losses=negative, **options)
+
+
+def mean_rise(rows: list[Floats], by_sample: bool) -> tuple[Floats, Floats]:
+    """Mean over samples, and its standard error.
+
+    Args:
+        rows: Of each batch ``[B, ...]``.
+        by_sample: Whether the loss gives each sample its own value; else batches are what is independent.
+    """
+    shares = np.concatenate(rows)
+    stderr = standard_error(shares, None if by_sample else batch_numbers(map(len, rows)))
+    return shares.mean(0), stderr
 
 
 def _measured(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.calibration import Batch
+from mpq.calibration import Batch, Calibration
 from mpq.errors import GraphError, MpqError
 from mpq.losses import logits_of
 from mpq.trees import tensors_in
@@ -23,6 +23,24 @@ Layouts = dict[OutputKey, Layout]
 
 MIXED: Layout = ("mixed", 0)
 _TOLERANCE = 1e-3  # other batch sizes may run other kernels
+
+
+def layouts_of(view: ModelView, names: Iterable[str], data: Calibration) -> tuple[Layouts, float]:
+    """Where the samples are in every output, and the forward passes of finding out.
+
+    The two largest batches must agree: routing may happen to keep the samples apart in one of them.
+
+    Args:
+        view: The model.
+        names: Layers to watch.
+        data: Nothing is run if all of its batches are single samples.
+    """
+    names, layouts = list(names), Layouts()
+    tried = sorted((b for b in data.batches if b.size > 1), key=lambda b: -b.size)[:2]
+    for batch in tried:
+        found = find_layouts(view, names, batch)
+        layouts = {k: v if layouts.get(k, v) == v else MIXED for k, v in found.items()}
+    return layouts, 2 * sum(b.size for b in tried) / data.num_samples
 
 
 def find_layouts(view: ModelView, names: Iterable[str], batch: Batch) -> Layouts:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from mpq.bank import Inputs, QuantizerBank
 from mpq.calibration import Calibration
+from mpq.labels import has_labels
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.sensitivity.capture import gradient_sums, grouped, over_draws, schemes_of, table_of
-from mpq.sensitivity.labels import has_labels, probe_objective
+from mpq.sensitivity.labels import probe_objective
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.trees import tensors_in

@@ -7,46 +7,71 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from mpq import __version__
 from mpq.bank import QuantizerBank
-from mpq.errors import MpqError
+from mpq.calibration import Calibration
+from mpq.errors import DataError, MpqError
+from mpq.fingerprint import Fingerprint
 from mpq.layers import LayerGraph
 from mpq.losses import OutputLoss
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace
 from mpq.store import ScoreStore
-from mpq.view import ModelView
+from mpq.view import Forward
 
 
 def open_store(
-    folder: str | Path, model_hash: str, view: ModelView, graph: LayerGraph, bank: QuantizerBank, loss: OutputLoss
+    folder: str | Path,
+    model: nn.Module,
+    forward: Forward | None,
+    data: Calibration,
+    graph: LayerGraph,
+    bank: QuantizerBank,
+    loss: OutputLoss,
 ) -> ScoreStore:
-    """A store for one model, quantized in one way.
+    """A store for one model, run and quantized in one way.
 
     Args:
         folder: Where the files are.
-        model_hash: Of all weights and buffers.
-        view: The model; its code tells it from another one with the same weights.
-        graph: Its layers.
+        model: Its weights, attributes and code tell it from others.
+        forward: How it is given a batch.
+        data: Refused if it can't be told from other data.
+        graph: The model's layers.
         bank: Range rules are a part of the address.
         loss: What is protected.
 
     Raises:
-        MpqError: If the loss can't be told from another one.
+        DataError: If the data has something without content.
+        MpqError: If the model, ``forward`` or the loss has.
     """
-    if " at 0x" in repr(loss):
-        raise MpqError(
-            "a store can't tell a loss of your own from another one; measure without store=, or pass an object with "
-            "value, probe, all_probes and by_sample (mpq.losses.OutputLoss) whose repr says what it is"
+    if data.opaque:
+        raise DataError(
+            f"a store can't tell this data from other data: it holds a {data.opaque}, whose content can't be read; "
+            "measure without store=, or make batches of tensors, arrays, numbers, text and plain objects"
         )
     return ScoreStore(Path(folder)).within(
-        version=__version__,
-        model=model_hash,
-        loss=repr(loss),
-        code=str(view.module),
+        versions=[__version__, torch.__version__],
+        model=_fingerprint("the model", model),
+        forward=_fingerprint("forward=", forward),
+        loss=_fingerprint("the loss", loss),
         layers=[repr(x) for x in graph],
         ranges=[bank.weight_range, bank.activation_range],
     )
+
+
+def _fingerprint(what: str, value: Any) -> str:
+    found = Fingerprint(code=True)
+    found.add(value)
+    if found.opaque:
+        raise MpqError(
+            f"a store needs a stable source to tell {what} from another version of it, but it depends on a "
+            f"{found.opaque}, which has none; measure without store=, or build it of Python functions, classes and "
+            "objects that can be pickled"
+        )
+    return found.hexdigest()
 
 
 def stored(
@@ -67,6 +92,9 @@ def stored(
         data: Hash of the calibration data.
         space: Groups and schemes.
         seed: Of everything random.
+
+    Raises:
+        MpqError: If an option can't be told from another one.
     """
     own = not estimate.func.__module__.startswith("mpq.")  # no name tells whether its code has changed
     if store is None or own:
@@ -75,7 +103,7 @@ def stored(
         return estimate(store=store, **options)
     about = {
         "estimator": estimate.func.__name__,
-        "options": {k: repr(v) for k, v in sorted(options.items())},
+        "options": _fingerprint("estimator_options", sorted(options.items())),
         "data": data,
         "groups": [g.name for g in space.groups],
         "schemes": [str(s) for s in space.schemes],

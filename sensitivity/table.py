@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpq.errors import ConfigError
-from mpq.problem import Floats
+from mpq.problem import Floats, Ints
+from mpq.sensitivity.spread import jackknife, leave_one_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,10 +36,11 @@ class SensitivityTable:
         stderr: Standard error of each entry ``[G, S]``.
         interactions: ``[G, S, G, S]`` or None: what a pair of choices adds to the sum of their losses; symmetric, zero
             within a group.
-        rows: Effects ``[N, D, G, S]`` of each sample and draw, or None. Half the squared sum over a pick's entries,
-            summed over draws, is one sample's share of the predicted loss: `stderr_of` takes its spread.
+        rows: Effects ``[N, D, G, S]`` of each sample and draw, or None. Half their squares, summed over draws, are one
+            sample's share of the losses, and their products, shrunk, of the interactions: `stderr_of` takes the spread.
         ceiling: Losses saturate there: a predicted ``v`` becomes ``v / (1 + v / ceiling)``. This changes no order.
         provenance: Estimator, loss, seed, hashes, cost in forward passes.
+        batches: Number of the batch of each row ``[N]`` where some group's rows belong to whole batches, or None.
     """
 
     groups: tuple[str, ...]
@@ -49,6 +51,7 @@ class SensitivityTable:
     rows: Floats | None = None
     ceiling: float = math.inf
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    batches: Ints | None = None
 
     def total(self, pick: ArrayLike) -> tuple[float, float]:
         """Predicted loss of a pick without interactions, and its standard error as if entries were independent."""
@@ -78,14 +81,22 @@ class SensitivityTable:
         return saturated
 
     def stderr_of(self, pick: ArrayLike) -> float:
-        """Standard error of `predict`: the jackknife over samples where there are rows, else that of `total`."""
+        """Standard error of `predict`: the jackknife over samples where there are rows, else that of `total`.
+
+        Batches are left out instead where some group's rows belong to whole batches; one batch alone gives NaN. How
+        much the interactions are shrunk, and what measured configs say, is taken as given.
+        """
         if self.rows is None:
             return self.total(pick)[1]
-        picked = self.rows[:, :, np.arange(len(self.groups)), np.asarray(pick, np.int64)]
-        shares = 0.5 * np.square(picked.sum(2)).sum(1)
-        shares *= (1 - self.predict(pick) / self.ceiling) ** 2  # slope of the saturation
-        # Leaving one sample out at a time gives just this for a mean.
-        return float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else float("nan")
+        groups, chosen = np.arange(len(self.groups)), np.asarray(pick, np.int64)
+        effects = self.rows[:, :, groups, chosen]
+        shares = 0.5 * np.square(effects).sum((1, 2))
+        if self.interactions is not None:
+            products = np.einsum("ndg,ndh->gh", effects, effects, optimize=True) / len(effects)
+            shrunk = self.interactions[groups[:, None], chosen[:, None], groups, chosen]
+            kept = np.divide(shrunk, products, out=np.zeros_like(products), where=products != 0).clip(0, 1)
+            shares += 0.5 * ((effects @ kept) * effects).sum((1, 2))
+        return float(jackknife(self.saturated(leave_one_out(shares, self.batches))))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Losses by group, see `mpq.viz.plot_sensitivity`."""
@@ -116,7 +127,7 @@ class SensitivityTable:
             "provenance": dict(self.provenance),
         }
         text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
-        found = {"loss": self.loss, "stderr": self.stderr, "interactions": self.interactions, "rows": self.rows}
+        found = {k: getattr(self, k) for k in ("loss", "stderr", "interactions", "rows", "batches")}
         return {"header": text, **{k: a for k, a in found.items() if a is not None}}
 
     @classmethod
@@ -139,13 +150,17 @@ class SensitivityTable:
                 arrays.get("rows"),
                 math.inf if header["ceiling"] is None else float(header["ceiling"]),
                 header["provenance"],
+                arrays.get("batches"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{where} is a damaged sensitivity table: {error!r}") from None
         shape = (len(table.groups), len(table.schemes))
         wanted = {"loss": shape, "stderr": shape, "interactions": shape + shape}
         fits = all(k not in arrays or arrays[k].shape == v for k, v in wanted.items())
-        if not fits or (table.rows is not None and (table.rows.ndim != 4 or table.rows.shape[2:] != shape)):
+        if table.rows is not None:
+            fits &= table.rows.ndim == 4 and table.rows.shape[2:] == shape
+            fits &= table.batches is None or table.batches.shape == table.rows.shape[:1]
+        if not fits:
             raise ConfigError(f"{where} is a damaged sensitivity table: its arrays don't fit its names")
         return table
 

@@ -18,9 +18,8 @@ from mpq.progress import progress_bar
 from mpq.sensitivity.aggregate import distinct_layers
 from mpq.sensitivity.gradient_norms import GradientNorms
 from mpq.sensitivity.hessian import BLOCK_PASSES, GRADIENT_PASSES, PRODUCT_PASSES, BatchHessian, hessian_of
-from mpq.sensitivity.influence import _layouts
 from mpq.sensitivity.probing import Estimate
-from mpq.sensitivity.rows import check_reached
+from mpq.sensitivity.rows import check_reached, layouts_of
 from mpq.space import SearchSpace
 from mpq.view import ModelView
 
@@ -77,7 +76,7 @@ class GaussNewton:
     ) -> None:
         self._view, self._space, self._data, self._loss, self._generator = view, space, data, loss, generator
         self._parts = {"weights": weights, "activations": activations}
-        self._layouts, self.setup_passes = _layouts(view, space, data)
+        self._layouts, self.setup_passes = layouts_of(view, [x.name for x in space.layers], data)
         self._unreached = {x.name for x in space.layers}
         self.mixed: set[str] = set()
 

@@ -60,6 +60,14 @@ def test_devices():
     assert "t4" in result.output
 
 
+def test_devices_explains_one():
+    result = runner.invoke(app, ["devices", "t4"])
+    assert result.exit_code == 0
+    assert "int4" in result.output
+    assert "whitepaper" in result.output
+    assert runner.invoke(app, ["devices", "t5"]).exit_code != 0
+
+
 def test_allocate_writes_bits_and_report(tmp_path):
     out, report = tmp_path / "bits.json", tmp_path / "report.html"
     result = runner.invoke(

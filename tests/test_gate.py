@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq.analysis import Analysis
-from mpq.cost_models import COST_MODELS, find_device
+from mpq.cost_models import default_costs, find_device
 from mpq.errors import MpqError, UnreachableError
 from mpq.layers import LayerGraph, LayerSpec, Outside
 from mpq.losses import CallableLoss, KLLoss
@@ -432,7 +432,7 @@ def test_one_broken_group_does_not_stop_the_search():
     gate = check(table, space)
     assert gate.quarantined == (name,)
     assert_quarantined(gate, g, 2)
-    costs = {k: cost(gate.space) for k, cost in COST_MODELS.items()}
+    costs = default_costs(gate.space)
     analysis = Analysis(gate.space, gate.table, costs, {}, {"estimator": "sick"})
     config = analysis.allocate("avg_bits<=5")
     assert str(config[name].scheme) == "W8A8"

@@ -15,7 +15,7 @@ from mpq.sensitivity import sample_norms
 from mpq.sensitivity.aggregate import distinct_layers
 from mpq.sensitivity.gradient_norms import GradientNorms
 from mpq.sensitivity.hessian_trace import hessian_trace
-from mpq.sensitivity.influence import _layouts
+from mpq.sensitivity.rows import layouts_of
 from mpq.testing import prepared, tiny_networks
 
 # Every kind of layer, and everything about it that changes where its gradient comes from. Inputs have three samples.
@@ -112,7 +112,9 @@ def test_norms_by_sample_are_those_of_one_sample_at_a_time(case, largest, monkey
     make, x = ZOO[case]
     view, space, calib, _ = prepared(make().double(), [x], "W2A4,W4A8")
     batch = calib.batches[0]
-    norms = GradientNorms(view, space, batch, _layouts(view, space, calib)[0], weights=True, activations=False)
+    norms = GradientNorms(
+        view, space, batch, layouts_of(view, [x.name for x in space.layers], calib)[0], weights=True, activations=False
+    )
     assert not norms.mixed
     u = torch.randn(norms.output.shape, dtype=torch.float64)
     found = torch.stack(norms.of((u * norms.output).sum()))
@@ -160,7 +162,12 @@ def test_where_samples_mix_the_batch_gradient_has_the_right_expectation(case):
     make, x = MIXED[case]
     view, space, calib, bank = prepared(make().double(), [x], "W2,W4")
     norms = GradientNorms(
-        view, space, calib.batches[0], _layouts(view, space, calib)[0], weights=True, activations=False
+        view,
+        space,
+        calib.batches[0],
+        layouts_of(view, [x.name for x in space.layers], calib)[0],
+        weights=True,
+        activations=False,
     )
     assert norms.mixed == {"expert" if case == "routed" else ""}
     u = torch.randn(norms.output.shape, dtype=torch.float64)
@@ -191,7 +198,7 @@ class Positions(nn.Module):
 def test_inputs_of_the_whole_batch_have_the_right_expectation():
     x = randn(4, 5, 4)
     view, space, calib, bank = prepared(Positions().double(), [x], "W4A4,W4A8")
-    batch, layouts = calib.batches[0], _layouts(view, space, calib)[0]
+    batch, layouts = calib.batches[0], layouts_of(view, [x.name for x in space.layers], calib)[0]
     norms = GradientNorms(view, space, batch, layouts, weights=False, activations=True)
     assert norms.mixed == {"mix"}
     u = randn(4, 2)

@@ -11,7 +11,7 @@ import torch
 
 import mpq
 from mpq.errors import MpqError
-from mpq.losses import KLLoss, MSELoss
+from mpq.losses import CallableLoss, KLLoss, MSELoss
 from mpq.sensitivity import interaction
 from mpq.sensitivity.interaction import augmented_order, dependency, measured_pairs, shapley
 from mpq.sensitivity.perturbation import perturbation, quantized
@@ -316,3 +316,14 @@ def test_errors_say_what_is_wrong():
     for wrong in ("W9", ["W2A4"]):
         with pytest.raises(MpqError, match="one name or one for each of 2 groups, out of W2A4, W4A8"):
             dependency(table, wrong)
+
+
+def test_pairs_measured_with_one_mean_per_batch_have_errors_over_batches():
+    setup = prepared(*NETWORKS["linear"], SCHEMES)
+    mean = CallableLoss(lambda out, batch: out[:, 0].square().mean())
+    expected = run(perturbation, setup, mean)
+    found = run(measured_pairs, setup, mean)
+    np.testing.assert_array_equal(found.stderr, expected.stderr)
+    by_sample = run(measured_pairs, setup, CallableLoss(lambda out, batch: out[:, 0].square()))
+    np.testing.assert_allclose(by_sample.loss, found.loss)
+    assert (by_sample.stderr != found.stderr).all()

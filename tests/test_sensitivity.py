@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from torch import nn
 import mpq
 from mpq.calibration import Batch
 from mpq.errors import ConfigError, DataError, MpqError
-from mpq.losses import KLLoss, MSELoss, resolve_loss
-from mpq.sensitivity import SensitivityTable, influence
+from mpq.losses import CallableLoss, KLLoss, MSELoss, resolve_loss
+from mpq.sensitivity import SensitivityTable, anchored, collector, influence
+from mpq.sensitivity.influence import second_order
+from mpq.sensitivity.projection import effects
 from mpq.space import layer_scheme
 from mpq.testing import dense_hessian, prepared, tiny_network, tiny_networks
 from mpq.view import preserved_state
@@ -147,6 +150,86 @@ def test_interactions_are_shrunk_where_samples_are_few():
     assert shares[2] > 0.9
 
 
+def one_batch(estimate=influence, mixed=False, samples=6, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), *[Centred()] * mixed).double()
+    view, space, calib, bank = prepared(net, list(torch.randn(samples, 4, dtype=torch.float64).split(6)), "W2,W4")
+    with preserved_state(0):
+        return estimate(view, space, calib, bank, MSELoss(), progress=False, **options)
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("unit", [{"samples": 1}, {"mixed": True}], ids=["sample", "batch"])
+def test_a_single_unit_tells_nothing_of_interactions_and_errors(unit):
+    table = one_batch(**unit)
+    assert table.rows.any()
+    assert not table.interactions.any()
+    assert np.isnan(table.stderr).all()
+    assert np.isnan(table.stderr_of([0, 1]))
+
+
+def test_several_batches_tell_of_layers_that_mix_samples():
+    table = one_batch(mixed=True, samples=24)
+    assert table.batches.tolist() == [0] * 6 + [1] * 6 + [2] * 6 + [3] * 6
+    assert table.interactions.any()
+    assert np.isfinite(table.stderr).all()
+
+
+def test_layers_that_mix_samples_leave_the_interactions_of_others():
+    """Each kind of pair is shrunk by what its own units tell."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 1, 3, 1)) + 1
+    rows[:, :, 2] = np.repeat(rng.normal(size=(4, 1, 1)) + 1, 10, 0)  # one value for each of four batches
+    over, numbers = np.array([False, False, True]), np.repeat(np.arange(4), 10)
+    found = second_order(rows, numbers, over)[1]
+    alone = second_order(rows[:, :, :2])[1]
+    np.testing.assert_allclose(found[:2, :, :2], alone, rtol=1e-12)
+    means = np.stack([rows[numbers == b].transpose(0, 1, 3, 2).reshape(10, 3) for b in range(4)])
+    products = np.einsum("bna,bnc->bac", means, means) / 10
+    scale = np.sqrt(0.5 * np.square(rows).mean((0, 1, 3)))
+    units = products[:, 2, :2] / (scale[2] * scale[:2])
+    share = 1 - (units.var(0, ddof=1).sum() / 4) / np.square(units.mean(0)).sum()
+    assert 0 < share < 1
+    np.testing.assert_allclose(found[2, 0, :2, 0], share * products.mean(0)[2, :2], rtol=1e-9)
+    assert not second_order(rows, np.zeros(40, int), over)[1][2].any()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("estimate", [influence, anchored], ids=lambda f: f.__name__)
+def test_the_error_of_a_prediction_is_its_jackknife(estimate, mixed):
+    """Leave each unit out and predict again, with the table's own shrinkage, corrections and ceiling."""
+    options = {"anchors": 6} if estimate is anchored else {}
+    table = one_batch(estimate, mixed, 20, **options)  # the last batch is shorter
+    assert (table.ceiling < np.inf) == (estimate is anchored)
+    units = table.batches if mixed else np.arange(20)
+    full = 0.5 * np.einsum("ndgs,ndht->gsht", table.rows, table.rows) / 20
+    kept = table.interactions / (2 * full)
+    for pick in itertools.product(range(2), repeat=2):
+        left = []
+        for unit in np.unique(units):
+            rows = table.rows[units != unit]
+            products = np.einsum("ndgs,ndht->gsht", rows, rows) / len(rows)
+            loss = 0.5 * np.einsum("gsgs->gs", products)
+            left.append(replace(table, loss=loss, interactions=kept * products).predict(pick))
+        expected = np.sqrt((len(left) - 1) * np.var(left))
+        assert table.stderr_of(pick) == pytest.approx(expected, rel=1e-9)
+        independent = table.total(pick)[1]
+        assert table.stderr_of(pick) != pytest.approx(independent, rel=1e-3)
+    again = SensitivityTable.from_arrays(table.to_arrays(), "it")
+    assert again.stderr_of(pick) == table.stderr_of(pick)
+
+
+def test_configs_state_the_error_of_what_they_predict(analysis):
+    config = analysis.uniform("W3A8")
+    pick = [analysis.table.schemes.index("W3A8")] * len(analysis.table.groups)
+    assert config.predicted["stderr"] == analysis.table.stderr_of(pick) != analysis.table.total(pick)[1]
+    assert f"{config.predicted['with_interactions']:.5g} with interactions +- " in config.summary()
+
+
 def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
     net, data = tiny_network()
     view, space, calib, bank = prepared(net, data, "W2A4,W4A8")
@@ -155,7 +238,47 @@ def test_random_probes_estimate_the_exact_sum_within_their_standard_error():
     # A probe's square has a relative deviation of at most sqrt(2); 8 samples and 400 draws average it.
     np.testing.assert_allclose(drawn.loss, exact.loss, rtol=4 * (2 / 400) ** 0.5)
     finding_the_batch_axis = 2  # two passes over both batches
-    assert drawn.provenance["forward_passes"] == finding_the_batch_axis + 1 + 800 + 3
+    # Each 16 probes share three runs of every layer.
+    assert drawn.provenance["forward_passes"] == finding_the_batch_axis + 1 + 800 + 400 / 16 * 3
+
+
+@pytest.mark.parametrize(
+    ("loss", "net", "count"),
+    [
+        (KLLoss(), nn.Linear(4, 40), 40),
+        (KLLoss(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 40), nn.Unflatten(1, (4, 10))), 40),
+        (MSELoss(), nn.Sequential(nn.Linear(4, 40), nn.Unflatten(1, (4, 10))), 40),
+        (CallableLoss(lambda out, batch: out.square().sum(1)), nn.Linear(4, 40), 1),
+    ],
+    ids=["classes", "tokens", "elements", "callable"],
+)
+def test_exact_sums_keep_few_gradients_and_build_each_probe_once(loss, net, count, monkeypatch):
+    """Their value is that of all gradients at once."""
+    built, kept, every = [], [], type(loss).all_probes
+
+    def counted(self, output, batch):
+        for probe in every(self, output, batch):
+            built.append(1)
+            yield probe
+
+    def watched(bank, layer, schemes, inputs, gradient, *args):
+        kept.append(len(gradient))
+        return effects(bank, layer, schemes, inputs, gradient, *args)
+
+    monkeypatch.setattr(type(loss), "all_probes", counted)
+    monkeypatch.setattr(collector, "effects", watched)
+    torch.manual_seed(0)
+    view, space, calib, bank = prepared(net.double(), [torch.randn(3, 4, dtype=torch.float64)], "W2A4,W4A8")
+    tables = []
+    for chunk in (16, 1000):
+        monkeypatch.setattr(collector, "_CHUNK", chunk)
+        built.clear()
+        kept.clear()
+        tables.append(influence(view, space, calib, bank, loss, exact=True, progress=False))
+        assert len(built) == count
+        assert max(kept) == min(chunk, count)
+        assert sum(kept) == count * len(space.layers)
+    np.testing.assert_allclose(tables[0].rows, tables[1].rows, rtol=1e-9, atol=1e-12)
 
 
 def test_probe_has_the_hessian_as_second_moment():
@@ -164,7 +287,7 @@ def test_probe_has_the_hessian_as_second_moment():
     loss, batch = KLLoss(), Batch((z,), {}, 1, None, z)
     moment = torch.zeros(4, 4, dtype=torch.float64)
     for signs in itertools.product([-1.0, 1.0], repeat=4):
-        log_p = loss._log_probabilities(z)
+        log_p = loss._log_probabilities(loss._logits(z))
         (u,) = torch.autograd.grad(
             loss._project(log_p, loss._position_weights(log_p, batch), torch.tensor(signs, dtype=z.dtype)), z
         )
@@ -279,8 +402,41 @@ def test_true_labels_give_the_empirical_fisher():
     torch.testing.assert_close(u.abs(), expected.abs())
     with pytest.raises(DataError, match="integer labels"):
         KLLoss(draw="true").probe(z, Batch((z,), {}, 4, None, z), torch.Generator())
+    for wrong in (3, -1):
+        batch = Batch((z,), {}, 4, torch.tensor([0, 1, 2, wrong]), z)
+        with pytest.raises(DataError, match="a label is not one of the model's 3 classes"):
+            KLLoss(draw="true").probe(z, batch, torch.Generator())
     with pytest.raises(MpqError, match="draw 'signs', 'sampled' or 'true', not 'mean' and 'labels'"):
         KLLoss(draw="labels")
+
+
+def test_true_labels_of_tokens_are_those_of_the_next_and_only_of_what_counts():
+    """Summed over all signs, squares are those of each label's own gradient, shared among the labels that count."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 5, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    ids = torch.randint(0, 4, (2, 5), generator=generator)
+    labels = ids.clone()
+    labels[0, 1] = -100
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 4] = 0
+    batch = Batch((), {"input_ids": ids, "attention_mask": mask}, 2, labels, None)
+    (u,) = torch.autograd.grad(KLLoss(draw="true").probe(z, batch, generator), z)
+    p = z.detach().softmax(-1)
+    expected = torch.zeros_like(p)
+    for b, t in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]:  # predict tokens 2, 3, 4 and 1, 2, 3
+        expected[b, t] = (p[b, t] - F.one_hot(ids[b, t + 1], 4)).abs() / 3**0.5
+    torch.testing.assert_close(u.abs(), expected)
+
+
+@pytest.mark.parametrize("draw", ["signs", "sampled", "true"])
+def test_a_sample_that_is_hidden_as_a_whole_counts_nothing(draw):
+    z = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    batch = Batch((z,), {"attention_mask": mask}, 2, torch.zeros(2, 3, dtype=torch.long), z)
+    for positions in (None, 2):
+        (u,) = torch.autograd.grad(KLLoss(draw=draw, positions=positions).probe(z, batch, torch.Generator()), z)
+        assert u[0].any()
+        assert not u[1].any()
 
 
 def test_callable_loss_per_sample_and_mean_agree():

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mpq.errors import FormatError
 
@@ -72,7 +73,7 @@ class NumberFormat:
         if self.granularity not in ("tensor", "channel") and self.group_size is None:
             raise FormatError(f"granularity is tensor, channel or group:G with G >= 1, not {self.granularity!r}")
 
-    @property
+    @cached_property
     def group_size(self) -> int | None:
         """Elements per scale for ``group:G``, else None."""
         match = re.fullmatch(r"group:([1-9]\d*)", self.granularity)

@@ -60,11 +60,11 @@ def _cards(cfg: BitConfig) -> list[tuple[str, str, str]]:
     if "bitops" in cfg.metrics:
         ops = cfg.metrics["bitops"]
         cards.append(("BitOps", si(ops["value"], ""), f"{ops['value'] / ops['float']:.1%} of float"))
-    stderr = cfg.predicted["stderr"]
+    stderr, joint = cfg.predicted["stderr"], cfg.predicted["with_interactions"]
     cards.append(
         (
             f"predicted {cfg.provenance.get('loss', 'loss')} rise",
-            f"{cfg.predicted['loss']:.4g}",
+            f"{cfg.predicted['loss'] if joint is None else joint:.4g}",
             f"± {stderr:.1g}" if stderr is not None else "",
         )
     )

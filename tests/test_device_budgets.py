@@ -1,0 +1,176 @@
+"""Latency, energy and memory as budgets on a device, together and solved exactly; estimates explained."""
+
+import itertools
+
+import numpy as np
+import pytest
+from torch import nn
+
+import mpq
+from mpq.cost_models import COST_MODELS, default_costs, find_device
+from mpq.errors import BudgetError, FormatError, UnreachableError
+from mpq.problem import Status
+from mpq.testing import tiny_network
+
+SCHEMES = "W4A4,W8A8"
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    model, calib = tiny_network()
+    return mpq.analyze(model, calib, SCHEMES, device="t4:batch=4", estimator="influence", progress=False)
+
+
+def every_pick(analysis):
+    return np.array(list(itertools.product(range(2), repeat=len(analysis.space.groups))))
+
+
+def test_five_budgets_at_once_are_solved_exactly(analysis):
+    picks = every_pick(analysis)
+    names = ("latency", "size", "bitops", "energy", "peak_memory")
+    costs = {n: np.array([analysis.cost(n).total(p) for p in picks]) for n in names}
+    limits = {n: float(np.quantile(v, 0.7)) for n, v in costs.items()}
+    fits = np.all([costs[n] <= limits[n] * (1 + 1e-9) for n in names], 0)
+    problem = analysis.problem(tuple(mpq.Budget(n, v, False, f"{n}<={v}") for n, v in limits.items()))
+    losses = np.array([problem.objective(p) for p in picks])
+    found = analysis.solve(tuple(mpq.Budget(n, v, False, f"{n}<={v}") for n, v in limits.items()))
+    assert found.status is Status.OPTIMAL
+    assert found.objective == pytest.approx(losses[fits].min(), rel=1e-6)
+    assert losses[fits].min() > losses.min()  # something binds
+
+
+def test_conversions_between_neighbours_are_in_the_latency(analysis):
+    cost = analysis.cost("latency")
+    assert cost.pairs is not None
+    uniform = [cost.total(p) for p in ([0] * len(cost.cost), [1] * len(cost.cost))]
+    mixed = np.arange(len(cost.cost)) % 2
+    assert cost.pairs.total(mixed) > 0
+    assert cost.pairs.total([0] * len(mixed)) == 0
+    assert cost.total(mixed) > min(uniform)
+
+
+def test_frontier_over_latency_is_of_the_metric_itself(analysis):
+    front = analysis.pareto("latency")
+    picks = every_pick(analysis)
+    cost = np.array([analysis.cost("latency").total(p) for p in picks])
+    loss = analysis.table.predict_all(picks)
+    np.testing.assert_allclose(front.cost, [analysis.cost("latency").total(p) for p in front.picks])
+    best = [loss[cost <= c * (1 + 1e-12)].min() for c in front.cost]
+    np.testing.assert_allclose(front.loss, best, rtol=1e-6)
+
+
+def test_least_latency_under_a_loss_limit(analysis):
+    picks = every_pick(analysis)
+    loss = analysis.table.predict_all(picks)
+    limit = float(np.quantile(loss, 0.3))
+    cfg = analysis.smallest("latency", limit)
+    cost = np.array([analysis.cost("latency").total(p) for p in picks])
+    assert cfg.metrics["latency"]["value"] == pytest.approx(cost[loss <= limit].min(), rel=1e-5)
+
+
+def test_results_state_what_the_device_takes(analysis):
+    least, most = sorted(analysis.cost("latency").total([s] * len(analysis.space.groups)) for s in (0, 1))
+    cfg = analysis.allocate(f"latency<={(least + most) / 2e-6}us")
+    assert {"latency", "energy", "peak_memory"} <= set(cfg.metrics)
+    assert cfg.metrics["latency"]["value"] <= (least + most) / 2 * (1 + 1e-9)
+    assert cfg.metrics["latency"]["float"] == analysis.cost("latency").reference > 0
+
+
+def test_a_limit_below_reach_says_what_can_be_reached(analysis):
+    with pytest.raises(UnreachableError, match="smallest reachable"):
+        analysis.allocate("latency<=1ns")
+
+
+def test_metrics_without_figures_say_so():
+    model, calib = tiny_network()
+    analysis = mpq.analyze(model, calib, SCHEMES, estimator="influence", progress=False)
+    assert set(analysis.costs) == {"size", "avg_bits", "stored_bits", "bitops"}
+    assert analysis.cost("energy").unit == "J"  # needs no device
+    with pytest.raises(BudgetError, match="no figures for latency"):
+        analysis.allocate("latency<=1ms")
+    with pytest.raises(BudgetError, match="no figures for latency"):
+        mpq.analyze(model, calib, SCHEMES, budget="latency<=1ms", progress=False)
+
+
+def test_shares_of_a_float_model_that_does_not_run_are_refused():
+    model, calib = tiny_network()
+    analysis = mpq.analyze(model, calib, SCHEMES, device="zcu104", estimator="influence", progress=False)
+    assert analysis.allocate("latency<=1s").metrics["latency"]["value"] < 1
+    with pytest.raises(BudgetError, match="absolute limit"):
+        analysis.allocate("latency<=50%")
+
+
+def test_skipped_layers_cost_time_as_floats():
+    model, calib = tiny_network()
+    first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    options = {"device": "t4", "estimator": "influence", "progress": False}
+    whole = mpq.analyze(model, calib, SCHEMES, **options).cost("latency")
+    part = mpq.analyze(model, calib, SCHEMES, skip=[first], **options).cost("latency")
+    assert whole.constant == 0
+    assert part.constant > 0
+    assert part.reference == whole.reference
+    with pytest.raises(BudgetError, match=f"{first}.*pin it"):
+        mpq.analyze(model, calib, SCHEMES, skip=[first], **{**options, "device": "zcu104"})
+
+
+@pytest.mark.parametrize("device", ["t4", "x86_vnni", "hexagon_690", "zcu104", "bitfusion"])
+def test_default_costs_of_every_kind(device):
+    model, calib = tiny_network()
+    analysis = mpq.analyze(model, calib, "W8A8", device=device, estimator="influence", progress=False)
+    found = default_costs(analysis.space)
+    assert set(found) <= set(COST_MODELS)
+    assert all(found[n].total([0] * len(analysis.space.groups)) > 0 for n in ("latency", "energy", "peak_memory"))
+
+
+def test_device_settings_are_read_from_its_name():
+    setting = find_device("a100:decode:batch=8:context=2048").setting
+    assert (setting.phase, setting.batch, setting.context) == ("decode", 8, 2048)
+    for wrong in ("a100:batch=0", "a100:fast", "a100:batch=x"):
+        with pytest.raises(FormatError, match="no setting"):
+            find_device(wrong)
+
+
+def test_estimates_explain_what_binds():
+    model, calib = tiny_network()
+    found = mpq.estimate(model, "t4", "W4A4,W8A8,W2A2", calib[0])
+    assert [str(s) for s in found.schemes] == ["W4A4", "W8A8"]  # no kernel for the third
+    text = found.explain(found.layers[0])
+    assert "bound by" in text
+    assert "W4A4" in text
+    assert len(repr(found).splitlines()) == len(found.layers) + 3
+    cfg = mpq.analyze(model, calib, SCHEMES, device="t4", estimator="influence", progress=False).allocate("avg_bits<=8")
+    columns = [found.schemes.index(cfg[n].scheme) for n in found.layers]
+    assert found.seconds(cfg) == pytest.approx(found.times.total[np.arange(len(columns)), columns].sum())
+    assert len(found.plot().lines) == 2
+    with pytest.raises(BudgetError, match="no layer is called"):
+        found.explain("nothing")
+    with pytest.raises(BudgetError, match="none of W2A2"):
+        mpq.estimate(model, "t4", "W2A2", calib[0])
+    with pytest.raises(BudgetError, match="pass batch"):
+        mpq.estimate(model, "t4", "W4A4")
+
+
+def test_one_analysis_serves_every_device():
+    model, calib = tiny_network()
+    options = {"estimator": "influence", "progress": False}
+    every = mpq.analyze(model, calib, "W2A8,W4A4,W8A8", **options)
+    moved = every.on("t4:batch=4")
+    assert [str(s) for s in moved.space.schemes] == ["W4A4", "W8A8"]
+    alone = mpq.analyze(model, calib, "W4A4,W8A8", device="t4:batch=4", **options)
+    np.testing.assert_array_equal(moved.cost("latency").cost, alone.cost("latency").cost)
+    picks = every_pick(alone)
+    np.testing.assert_allclose(moved.table.loss, alone.table.loss)
+    assert moved.provenance["device"] == "t4"
+    assert moved.table.predict_all(picks).shape == (len(picks),)
+    assert every.costs.keys() == {"size", "avg_bits", "stored_bits", "bitops"}  # the first is as it was
+    with pytest.raises(FormatError, match="no scheme with a kernel on t4"):
+        mpq.analyze(model, calib, "W2A8,W3A8", **options).on("t4")
+
+
+def test_useless_schemes_leave_the_space():
+    model, calib = tiny_network()
+    every = mpq.analyze(model, calib, "W2A8,W4A8,W8A8", estimator="influence", progress=False)
+    kept = every.on("x86_vnni", drop_useless=True)
+    # No arithmetic is narrower than int8 there, and such small layers are bound by their set-up.
+    assert kept.space.allowed.tolist() == [[False, False, True]] * len(every.space.groups)
+    assert every.on("x86_vnni").space.allowed.all()
