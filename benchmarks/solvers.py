@@ -4,10 +4,11 @@
 
 One constraint: `Knapsack` against PuLP with CBC, scipy's ``milp`` (HiGHS, gap 0: its default of 1e-4 is no optimality),
 OR-tools CP-SAT and NSGA-II (pymoo), 20 s each. Two and three constraints (size, latency, BitOps): `Ilp` against HiGHS.
-Interactions: `Interaction` in 5 s against HiGHS on the exact linearization in 60 s, and against all picks at 4^10.
+Interactions: `Interaction` in 5 s against HiGHS on the exact linearization in 60 s, and against all picks at 4^10, two
+seeds each.
 Losses are lognormal and fall fourfold per bit; latencies are slow at odd bits. CPU seconds of one thread, children
 included, median of up to five runs; OR-tools and pymoo are left out where they are not installed. The last line is
-JSON.
+JSON, with null for an objective or a time that there is none of.
 """
 
 from __future__ import annotations
@@ -221,6 +222,15 @@ def goal(value: Any, target: Any, met: bool) -> dict[str, Any]:
     return {"value": rounded, "goal": target, "met": bool(met)}
 
 
+def finite(value: Any) -> Any:
+    """A result as JSON holds it: None in place of infinity and NaN, which it has no word for."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="up to 1,000 groups, and 3 s for each baseline")
@@ -267,7 +277,8 @@ def main() -> None:
             "several_100000_seconds_to_1e-4": goal(slowest(100_000), 15, slowest(100_000) <= 15),
         }
     results = {"one": one, "large": big, "several": several, "interactions": pairs, "quick": quick}
-    print(json.dumps({"benchmark": "solvers", "results": results, "goals": goals}))
+    found = finite({"benchmark": "solvers", "results": results, "goals": goals})
+    print(json.dumps(found, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpq.estimate import Estimate, estimate
     from mpq.evaluation import Evaluator, evaluate
     from mpq.frontier import Frontier
+    from mpq.global_choices import GlobalChoices
     from mpq.layers import LayerGraph
     from mpq.quantizers.formats import NumberFormat, Scheme
     from mpq.trace import trace_model
@@ -36,6 +37,7 @@ __all__ = [
     "Estimate",
     "Evaluator",
     "Frontier",
+    "GlobalChoices",
     "LayerGraph",
     "Measured",
     "MpqError",
@@ -64,6 +66,7 @@ _MODULES = {
     "mpq.estimate": ("Estimate", "estimate"),
     "mpq.evaluation": ("Evaluator", "evaluate"),
     "mpq.frontier": ("Frontier",),
+    "mpq.global_choices": ("GlobalChoices",),
     "mpq.layers": ("LayerGraph",),
     "mpq.quantizers.formats": ("NumberFormat", "Scheme"),
     "mpq.trace": ("trace_model",),

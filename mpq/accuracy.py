@@ -33,8 +33,7 @@ def smallest_within_drop(
         A pick that has been measured to be within the limit, with the trace of all that was measured.
 
     Raises:
-        UnreachableError: If the other budgets can't be met, or even the config with the least predicted loss under
-            them exceeds the limit.
+        UnreachableError: If the other budgets can't be met, or all that was measured exceeds the limit.
     """
     analysis.solve(others, solver)  # says what is reachable if nothing is
 
@@ -49,9 +48,11 @@ def smallest_within_drop(
     problem = Problem(problem.loss, (first, *rest), problem.interactions)
     found = Bisection(drop.value + ROUNDING, solve=solve).search(problem, evaluations)
     if found.status is Status.NO_SOLUTION and len(found.trace):
-        picks, losses = found.trace.picks, found.trace.losses
+        trace = found.trace
+        least = int(trace.losses.argmin())
         raise UnreachableError(
-            f"{drop.text} can't be met: the config with the least predicted loss under the other budgets measures a "
-            f"drop of {losses[0]:.2%} at {size.total(picks[0]) / 1e3:,.1f} kB; allow higher bits or a larger drop"
+            f"{drop.text} is met by none of the {len(trace)} configs measured, that of the least predicted loss under "
+            f"the other budgets included: the least drop is {trace.losses[least]:.2%} at "
+            f"{size.total(trace.picks[least]) / 1e3:,.1f} kB; allow higher bits, a larger drop or more evaluations"
         )
     return found

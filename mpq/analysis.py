@@ -226,7 +226,9 @@ class Analysis:
                 `BitConfig` that returns a loss to minimise, measured in any way.
             budget: As for `allocate`; or with ``"accuracy_drop<=1%"``, then the smallest config is searched for whose
                 accuracy, measured by the evaluator (or the drop, returned by the function), is within it.
-            method: A name in `mpq.search.SEARCHES`, or a search; accuracy budgets have their own, `Bisection`.
+            method: ``refine``, ``random``, ``sweep``; or with the extra ``mpq[search]`` ``genetic``, ``nsga2``,
+                ``optuna``, ``quantune``, ``cqap``, ``linas``; or a search (`mpq.search.MeasuredSearch`). Accuracy
+                budgets have their own, `Bisection`.
             **options: ``evaluations=16`` and ``seconds=None``: limits. ``ledger=path``: file that keeps each
                 evaluation at once, so that a search that was ended goes on where it was; with a function also
                 ``about="what it measures"``. ``executor``: measures several configs at once (methods that ask for

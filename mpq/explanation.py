@@ -19,7 +19,8 @@ from mpq.feasibility import Feasibility, make_feasibility
 from mpq.problem import Ints, Problem, Solution, Status
 from mpq.quantizers.formats import Scheme
 from mpq.search import Solver
-from mpq.search.explain import Choices, explain_pick, others
+from mpq.search.explain import Alternatives, explain_pick
+from mpq.search.local_search import with_others
 from mpq.survival import Survival, count_survivors
 from mpq.what_if import WhatIf, solve_pinned
 
@@ -77,7 +78,7 @@ class Explanation:
     config: BitConfig
     prices: Mapping[str, Price]
     feasibility: Feasibility
-    choices: Choices
+    choices: Alternatives
     solver: str | Solver
 
     @property
@@ -102,7 +103,7 @@ class Explanation:
         """
         problem, groups = self._problem(), np.arange(len(self.pick))
         raw = self.solution.objective
-        part = (problem.loss + 0.5 * others(problem, self.pick))[groups, self.pick]
+        part = (problem.loss + 0.5 * with_others(problem, self.pick))[groups, self.pick]
         part = part * (self.loss / raw if raw > 0 else 0.0)
         alone, margin = (np.where(problem.allowed, x, 0.0) for x in (self.choices.change, self.choices.margin))
         change = self.analysis.table.saturated(raw + alone) - self.loss

@@ -88,6 +88,8 @@ class Constraint:
             raise MpqError(f"constraint {self.name!r}: cost {self.cost.shape} and limit {self.limit.shape} don't fit")
         if not np.isfinite(self.cost).all() or np.isnan(self.limit).any():
             raise MpqError(f"constraint {self.name!r}: costs must be finite and limits not NaN")
+        if np.isneginf(self.limit).any():
+            raise MpqError(f"constraint {self.name!r}: no pick meets a limit of -inf; give a number, or inf for none")
         if self.pairs is not None and (len(self.limit) != 1 or self.pairs.cost.shape[1:] != (self.cost.shape[1],) * 2):
             raise MpqError(f"constraint {self.name!r}: pair costs need one row and the same schemes")
 
@@ -129,6 +131,10 @@ class Problem:
         for c in self.constraints:
             if c.cost.shape[:2] != self.loss.shape:
                 raise MpqError(f"constraint {c.name!r}: cost {c.cost.shape[:2]} but loss {self.loss.shape}")
+        names = [c.name for c in self.constraints]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise MpqError(f"constraints must have different names; used twice: {', '.join(twice)}")
         if self.interactions is not None:
             object.__setattr__(self, "interactions", check_interactions(self.interactions, self.loss.shape))
         blocked = np.flatnonzero(~self.allowed.any(1))
@@ -156,16 +162,23 @@ class Problem:
     def smallest_usage(self) -> dict[str, Floats]:
         """Constraint name -> smallest reachable row sums ``[R]``, each row on its own and without its pairs."""
         masked = {c.name: np.where(self.allowed[..., None], c.cost, np.inf) for c in self.constraints}
-        return {name: cost.min(1).sum(0) for name, cost in masked.items()}
+        return {name: cost.min(1, initial=np.inf).sum(0) for name, cost in masked.items()}
+
+    def largest_usage(self) -> dict[str, Floats]:
+        """Constraint name -> what row sums ``[R]`` never exceed: each row on its own, with the most its pairs cost."""
+        masked = {c.name: np.where(self.allowed[..., None], c.cost, -np.inf) for c in self.constraints}
+        pairs = {c.name: 0.0 if c.pairs is None else c.pairs.largest for c in self.constraints}
+        return {name: cost.max(1, initial=-np.inf).sum(0) + pairs[name] for name, cost in masked.items()}
 
     def least(self, name: str, loss_limit: float) -> Problem:
         """The other direction: the least of a constraint's metric, with the total loss under a limit.
 
-        All other constraints stay; that of the metric goes, and one called ``loss`` comes. What the metric costs pairs
-        of groups become interactions.
+        All other constraints stay; that of the metric goes, and one called ``loss`` comes if its limit is finite. What
+        the metric costs pairs of groups become interactions.
 
         Raises:
-            MpqError: If there is no such constraint, it has several rows, or the loss has interactions.
+            MpqError: If there is no such constraint, it has several rows, the loss has interactions, or another
+                constraint is called ``loss`` already.
         """
         found = next((c for c in self.constraints if c.name == name), None)
         if found is None or found.cost.shape[2] != 1:
@@ -175,8 +188,9 @@ class Problem:
             raise MpqError("a loss with interactions can't be a constraint: it is no sum over groups")
         loss = Constraint("loss", "", np.where(self.allowed, self.loss, 0.0), np.array([loss_limit]))
         others = tuple(c for c in self.constraints if c is not found)
+        limited = () if np.isposinf(loss_limit) else (loss,)
         joint = None if found.pairs is None else found.pairs.interactions(len(self.loss))
-        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, loss), joint)
+        return Problem(np.where(self.allowed, found.cost[..., 0], np.inf), (*others, *limited), joint)
 
 
 def pair_sum(interactions: Floats | None, pick: ArrayLike) -> float:
@@ -221,7 +235,7 @@ class Status(Enum):
     NO_SOLUTION = "no solution"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a solver returns.
 
@@ -281,6 +295,13 @@ def solved(
     bound = objective if proven else min(bound, objective)
     status = Status.OPTIMAL if bound >= objective else Status.FEASIBLE
     return Solution(status, picked, objective, bound, problem.usage(picked), seconds, solver, prices or {})
+
+
+def without_groups(problem: Problem, solver: str) -> Solution:
+    """The `Solution` of a problem without groups: its one pick is empty."""
+    if not problem.feasible([]):
+        return infeasible(problem, 0.0, solver)
+    return solved(problem, [], 0.0, 0.0, solver, proven=True)
 
 
 def infeasible(problem: Problem, seconds: float, solver: str) -> Solution:

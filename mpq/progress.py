@@ -28,5 +28,5 @@ def progress_bar(items: Iterable[T], title: str, show: bool = True, total: int |
 
 
 def open_bar(title: str, show: bool = True, total: int | None = None) -> tqdm[Never]:
-    """The same bar, for work that is not an iteration: call its ``update()`` after each step and ``close()``."""
+    """The same bar, for work that is not an iteration: call its ``update()`` after each step; ``with`` closes it."""
     return tqdm(desc=title, total=total, delay=2, leave=False, disable=not show, dynamic_ncols=True)

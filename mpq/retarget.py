@@ -45,9 +45,10 @@ def _useful(space: SearchSpace) -> NDArray[np.bool_]:
     """The allowed schemes without those that are no faster than a wider one in any layer of their group."""
     found = quantization_friendliness(space.graph, space.device, space.schemes)
     useless = dict(zip((x.name for x in found.layers), found.useless, strict=True))
-    dropped = [np.all([useless[x.name] for x in g.layers], axis=0) for g in space.groups]
-    keep: NDArray[np.bool_] = space.allowed & ~np.array(dropped, bool)
-    return np.where(keep.any(1)[:, None], keep, space.allowed)
+    dropped = np.array([np.all([useless[x.name] for x in g.layers], axis=0) for g in space.groups], bool)
+    keep: NDArray[np.bool_] = space.allowed & ~dropped
+    some = np.logical_or.reduce(keep, axis=1, keepdims=True)
+    return np.where(some, keep, space.allowed)
 
 
 def _columns(table: SensitivityTable, columns: NDArray[np.int64]) -> SensitivityTable:

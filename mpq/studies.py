@@ -43,6 +43,13 @@ class MeasuresConfigs(Protocol):
 Evaluate = MeasuresConfigs | Callable[[BitConfig], float]
 
 
+class MakesConfigs(Protocol):
+    """What is searched: an `Analysis`, or `mpq.global_choices.GlobalChoices`."""
+
+    def config(self, pick: Ints) -> BitConfig:
+        """The config of a pick."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Study:
     """What a search with measured truth found. Made by `mpq.Analysis.search`.
@@ -95,35 +102,57 @@ class Study:
 class _Measure:
     """A user's function of configs as one of picks; pickles if both of its parts do."""
 
-    analysis: Analysis
+    searched: MakesConfigs
     evaluate: Callable[[BitConfig], float]
     quantity: str
 
     def __call__(self, pick: Ints) -> float:
-        return float(self.evaluate(self.analysis.config(pick)))
+        return float(self.evaluate(self.searched.config(pick)))
 
 
 @dataclass(frozen=True)
-class _EvaluatorMeasure:
+class EvaluatorMeasure:
     """What an evaluator measures as a loss of picks, also in parts."""
 
-    analysis: Analysis
+    searched: MakesConfigs
     evaluator: MeasuresConfigs
     quantity: str
     found: dict[bytes, Measured] = field(default_factory=dict)
+    _parts: dict[bytes, list[tuple[int, float]]] = field(default_factory=dict)
 
     def __call__(self, pick: Ints) -> float:
+        """The loss of a pick."""
         *_, loss = self.in_parts(pick)
         return loss
 
     def in_parts(self, pick: Ints) -> Iterator[float]:
-        for measured in self.evaluator.measure_in_parts(self.analysis.config(pick)):
+        """Its loss on the first batch, on the first two, and so on."""
+        parts = self._parts[pick.tobytes()] = []
+        for measured in self.evaluator.measure_in_parts(self.searched.config(pick)):
+            loss = self._loss(measured)
             self.found[pick.tobytes()] = measured
-            yield self._loss(measured)
+            parts.append((measured.samples, loss))
+            yield loss
+
+    def noise(self, one: Ints, other: Ints) -> float | None:
+        """Standard error of the difference of two picks' losses, by its spread over batches; None with one batch.
+
+        Both are measured on the same samples, so this is far less than the error of either loss. What was measured
+        elsewhere is measured again.
+        """
+        for pick in (one, other):
+            if pick.tobytes() not in self._parts:
+                self(pick)
+        samples, losses = np.transpose([self._parts[p.tobytes()] for p in (one, other)], (2, 0, 1))
+        size, total = samples[0], (losses[0] - losses[1]) * samples[0]
+        if len(size) < 2:
+            return None
+        rest = np.diff(total, prepend=0.0) - np.diff(size, prepend=0.0) * total[-1] / size[-1]
+        return float(np.sqrt(np.square(rest).sum() * len(size) / (len(size) - 1)) / size[-1])
 
     def of(self, pick: Ints) -> Measured:
         """All that was measured of a pick, measured again if that was done elsewhere."""
-        return self.found.get(pick.tobytes()) or self.evaluator.measure(self.analysis.config(pick))
+        return self.found.get(pick.tobytes()) or self.evaluator.measure(self.searched.config(pick))
 
     def _loss(self, measured: Measured) -> float:
         if self.quantity == "accuracy_drop":
@@ -152,9 +181,13 @@ def search(
     """The config with the least measured loss under budgets; see `mpq.Analysis.search`, whose body this is."""
     budgets = parse_budgets(budget)
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
-    measure = _measure(analysis, evaluate, drop is not None)
-    bar = open_bar(f"measured search for {', '.join(b.text for b in budgets)}", progress, evaluations)
-    with Ledger(ledger, "" if ledger is None else _context(measure, about)) as kept:
+    chosen = find_search(method, seed, analysis.space)
+    if drop is not None and method != "refine":
+        raise MpqError(f"{drop.text} is searched by bisection; leave out method={chosen.name!r}")
+    measure = measure_of(analysis, evaluate, drop is not None)
+    context = "" if ledger is None else ledger_context(analysis, measure, about)
+    title = f"measured search for {', '.join(b.text for b in budgets)}"
+    with open_bar(title, progress, evaluations) as bar, Ledger(ledger, context) as kept:
         spent = Evaluations(
             measure, limit=evaluations, seconds=seconds, ledger=kept, executor=executor, report=bar.update
         )
@@ -163,43 +196,47 @@ def search(
             found = smallest_within_drop(analysis, spent, drop, others, solver)
         else:
             analysis.solve(budgets, solver)  # says what is reachable if nothing is
-            found = _find_search(method, seed, analysis.space).search(analysis.problem(budgets), spent)
-    bar.close()
+            found = chosen.search(analysis.problem(budgets), spent)
     if found.pick is None:
         raise BudgetError(f"no config was found: {found.message}; allow more evaluations or seconds")
     answer = solved(analysis.problem(), found.pick, -np.inf, found.seconds, found.search)
     config = analysis.config_for(budgets, answer)
-    if isinstance(measure, _EvaluatorMeasure):
+    if isinstance(measure, EvaluatorMeasure):
         config = config.with_measured(measure.of(found.pick))
     return Study(config, measure.quantity, found, analysis)
 
 
-def _measure(analysis: Analysis, evaluate: Evaluate, accuracy: bool) -> _Measure | _EvaluatorMeasure:
+def measure_of(searched: MakesConfigs, evaluate: Evaluate, accuracy: bool) -> _Measure | EvaluatorMeasure:
+    """What measures the loss of a pick, or its accuracy drop."""
     if callable(evaluate):
-        return _Measure(analysis, evaluate, "accuracy_drop" if accuracy else "loss")
+        return _Measure(searched, evaluate, "accuracy_drop" if accuracy else "loss")
     if accuracy:
         evaluate.require_accuracy()
-        return _EvaluatorMeasure(analysis, evaluate, "accuracy_drop")
-    return _EvaluatorMeasure(analysis, evaluate, "kl" if evaluate.classifies else "mse")
+        return EvaluatorMeasure(searched, evaluate, "accuracy_drop")
+    return EvaluatorMeasure(searched, evaluate, "kl" if evaluate.classifies else "mse")
 
 
-def _find_search(method: str | MeasuredSearch, seed: int, space: SearchSpace) -> MeasuredSearch:
+def find_search(method: str | MeasuredSearch, seed: int, space: SearchSpace | None = None) -> MeasuredSearch:
+    """A search by name; one that learns from attributes of schemes takes those of the space.
+
+    Raises:
+        MpqError: If the name is unknown.
+    """
     if isinstance(method, MeasuredSearch):
         return method
     if method not in SEARCHES:
         raise MpqError(f"unknown search {method!r}; known: {', '.join(SEARCHES)}")
-    known: dict[str, Any] = {"seed": seed, "attributes": space.attributes}
+    known: dict[str, Any] = {"seed": seed, "attributes": space and space.attributes}
     search = SEARCHES[method]
     return search(**{f.name: known[f.name] for f in fields(search) if f.name in known})  # type: ignore[arg-type]
 
 
-def _context(measure: _Measure | _EvaluatorMeasure, about: str) -> str:
+def ledger_context(analysis: Analysis, measure: _Measure | EvaluatorMeasure, about: str) -> str:
     """All that a measured loss depends on besides the pick: the ledger's key.
 
     Raises:
         MpqError: If a function measures and nothing is told about it.
     """
-    analysis = measure.analysis
     if isinstance(measure, _Measure) and not about:
         raise MpqError("a ledger of what a function measures needs about='...': what it measures, on which data")
     known = ("model_hash", "data_hash", "samples", "weight_range", "activation_range")
@@ -208,6 +245,6 @@ def _context(measure: _Measure | _EvaluatorMeasure, about: str) -> str:
         "groups": [[layer.name for layer in g.layers] for g in analysis.space.groups],
         "schemes": [str(s) for s in analysis.space.schemes],
         "quantity": measure.quantity,
-        "measured_on": measure.evaluator.data_hash if isinstance(measure, _EvaluatorMeasure) else about,
+        "measured_on": measure.evaluator.data_hash if isinstance(measure, EvaluatorMeasure) else about,
     }
     return json.dumps(described, sort_keys=True)

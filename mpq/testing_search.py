@@ -145,6 +145,14 @@ class SearchContract:
         assert found.pick is not None
         assert found.evaluations == 1
 
+    def test_no_groups(self, search: MeasuredSearch) -> None:
+        """Nothing to choose: the float network, if you like, is measured once."""
+        problem = Problem(np.zeros((0, 3)), (Constraint("size", "B", np.zeros((0, 3)), np.array([1.0])),))
+        found = search.search(problem, Evaluations(lambda pick: 0.5, limit=_LIMIT))
+        assert found.pick is not None
+        assert found.pick.shape == (0,)
+        assert (found.loss, found.evaluations) == (0.5, 1)
+
 
 class _Calls:
     """Counts what is measured."""

@@ -13,6 +13,7 @@ from mpq.search.bisection import Bisection
 from mpq.search.choices import Choices
 from mpq.search.cqap import Cqap
 from mpq.search.epsilon import Surface, epsilon_surface, hypervolume
+from mpq.search.evaluations import Evaluations, Measure, PartialMeasure, Stop, Trace
 from mpq.search.exhaustive import Exhaustive
 from mpq.search.genetic import Genetic, Nsga2
 from mpq.search.ilp import Ilp
@@ -21,7 +22,7 @@ from mpq.search.interaction_frontier import interaction_frontier
 from mpq.search.knapsack import Knapsack
 from mpq.search.ledger import Ledger
 from mpq.search.linas import Linas
-from mpq.search.measured import Evaluations, Measure, MeasuredSearch, MeasuredSolution, PartialMeasure, Stop, Trace
+from mpq.search.measured import MeasuredSearch, MeasuredSolution
 from mpq.search.optuna_search import OptunaSearch
 from mpq.search.pareto import FrontierPicks, convex_frontier, exact_frontier
 from mpq.search.quantune import Quantune

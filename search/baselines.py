@@ -72,7 +72,7 @@ class BeamDp:
     """Dynamic program over the summed cost with a limited beam of states (AutoRound's AutoScheme).
 
     Attributes:
-        beam: States kept after each group, evenly spread over the costs.
+        beam: States kept after each group, evenly along their list by rising cost.
     """
 
     beam: int = 1000

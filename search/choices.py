@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mpq.errors import MpqError
-from mpq.problem import Constraint, Floats, Problem
+from mpq.problem import Floats, PairCosts, Problem
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Choices:
         loss[: len(base.loss), : base.loss.shape[1]] = base.loss
         for row, options in zip(loss[len(base.loss) :], self.options.values(), strict=True):
             row[: len(options)] = 0.0
-        rows = tuple(Constraint(c.name, c.unit, _grown(c.cost, (G, S)), c.limit) for c in base.constraints)
+        rows = tuple(replace(c, cost=_grown(c.cost, (G, S)), pairs=_more_schemes(c.pairs, S)) for c in base.constraints)
         pairs = None if base.interactions is None else _grown(base.interactions, (G, S, G, S))
         return Problem(loss, rows, pairs)
 
@@ -68,3 +68,7 @@ def _grown(values: Floats, shape: tuple[int, ...]) -> Floats:
     """Zeros behind the ends of the first axes."""
     more = [(0, n - old) for n, old in zip(shape, values.shape, strict=False)]
     return np.pad(values, more + [(0, 0)] * (values.ndim - len(shape)))
+
+
+def _more_schemes(pairs: PairCosts | None, schemes: int) -> PairCosts | None:
+    return None if pairs is None else PairCosts(pairs.groups, _grown(pairs.cost, (len(pairs.cost), schemes, schemes)))

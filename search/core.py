@@ -48,7 +48,7 @@ class Core:
     pairs: tuple[tuple[int, PairCosts], ...] = ()
 
     def solve(
-        self, start: Ints | None, cuts: list[Ints], seconds: float, seed: int
+        self, start: Ints | None, cuts: list[Ints], seconds: float, seed: int, nodes: int | None = None
     ) -> tuple[Status, Ints | None, float]:
         """Run HiGHS.
 
@@ -57,6 +57,7 @@ class Core:
             cuts: Picks that may not be made.
             seconds: Time limit.
             seed: HiGHS's random seed.
+            nodes: Limit of nodes, which unlike time reproduces.
 
         Returns:
             Status, the pick if any, and a lower bound of the excess.
@@ -67,6 +68,7 @@ class Core:
             "primal_feasibility_tolerance": _FEASIBILITY,
             "dual_feasibility_tolerance": _FEASIBILITY,
             "random_seed": seed,
+            **({} if nodes is None else {"mip_max_nodes": nodes}),
         }
         first = None
         if start is not None and all(self.keep[np.arange(len(start)), start]):
@@ -159,7 +161,7 @@ class Core:
 
 
 class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS with values to start from, which PuLP itself does not pass on."""
+    """PuLP's HiGHS with values to start from and limits of nodes, neither of which PuLP itself passes on."""
 
     def __init__(self, start: dict[str, float] | None, **options: Any) -> None:
         super().__init__(**options)
@@ -172,3 +174,13 @@ class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
             index, value = zip(*known, strict=True) if known else ((), ())
             lp.solverModel.setSolution(len(index), np.array(index, np.int32), np.array(value, np.float64))
         super().callSolver(lp)
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+        """Called by PuLP at the end."""
+        try:
+            found: tuple[int, int] = super().findSolutionValues(lp)
+        except KeyError:  # HiGHS's status of a limit of nodes
+            if np.isinf(lp.solverModel.getObjectiveValue()):
+                return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
+            return pulp.LpStatusOptimal, pulp.LpSolutionIntegerFeasible
+        return found

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from mpq.problem import Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.evaluations import Evaluations
+from mpq.search.feasible import FeasiblePicks
+from mpq.search.measured import MeasuredSearch
 from mpq.search.surrogate import Attributes, best_predicted, training_picks
 
 _CROWDING = 4.0  # what is searched lies at the limits
@@ -49,9 +50,7 @@ class Cqap(MeasuredSearch):
         """Measure random picks, learn, evolve, measure the best; see `MeasuredSearch.explore`."""
         from mpq.search.predictor import LossPredictor  # imports scipy
 
-        anchor = roomiest(problem)
-        assert anchor is not None
-        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)
+        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem)
         predictor = LossPredictor(problem, self.attributes, seeded=self.seeded)
         count = max(1, int(min(self.training, _TRAINING_SHARE * evaluations.left)))
         evaluations.measure(training_picks(feasible, count, rng, _CROWDING))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpq._lazy import require
 from mpq.errors import MpqError
@@ -29,7 +30,7 @@ class Surface:
     picks: Ints
     cost: Floats
     loss: Floats
-    proven: Ints
+    proven: NDArray[np.bool_]
 
 
 def epsilon_surface(problem: Problem, names: Sequence[str], points: int = 8, time_limit: float = 60.0) -> Surface:

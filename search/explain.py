@@ -12,7 +12,7 @@ from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.interaction import separable_solver, symmetric
 from mpq.search.lagrangian import relax
-from mpq.search.local_search import LocalSearch
+from mpq.search.local_search import LocalSearch, with_others
 from mpq.search.rows import binding_rows, named_prices
 
 _RELAX_SECONDS = 10.0
@@ -22,7 +22,7 @@ _TIE = 1e-12  # relative: a pick that is worse by less is as good
 
 
 @dataclass(frozen=True, eq=False)
-class Choices:
+class Alternatives:
     """Every choice against that of a pick.
 
     Attributes:
@@ -40,7 +40,7 @@ class Choices:
     prices: dict[str, float]
 
 
-def explain_pick(problem: Problem, pick: Ints) -> Choices:
+def explain_pick(problem: Problem, pick: Ints) -> Alternatives:
     """Prices and runners-up of a pick.
 
     Dual prices are those of the linear relaxation; with interactions, of the problem in which each group's are as they
@@ -52,22 +52,14 @@ def explain_pick(problem: Problem, pick: Ints) -> Choices:
     """
     groups = np.arange(len(pick))
     cost, limit = binding_rows(problem)
-    loss = problem.loss + others(problem, pick)
+    loss = problem.loss + with_others(problem, pick)
     relaxed = relax(loss, cost, limit, time.perf_counter() + _RELAX_SECONDS)
     change = loss - loss[groups, pick][:, None]
     margin = change + (cost - cost[groups, pick][:, None]) @ relaxed.prices
     rivals = margin.copy()
     rivals[groups, pick] = np.inf
     found = np.where(np.isfinite(rivals).any(1), rivals.argmin(1), -1)
-    return Choices(change, margin, found, named_prices(problem, relaxed.prices))
-
-
-def others(problem: Problem, pick: Ints) -> Floats:
-    """Interactions of each choice with what all other groups picked ``[G, S]``."""
-    if problem.interactions is None:
-        return np.zeros_like(problem.loss)
-    found: Floats = problem.interactions[:, :, np.arange(len(pick)), pick].sum(2)
-    return found
+    return Alternatives(change, margin, found, named_prices(problem, relaxed.prices))
 
 
 def resampled(problem: Problem, stderr: Floats, rows: Floats | None, count: int, seed: int = 0) -> Iterator[Problem]:

@@ -50,10 +50,8 @@ def least_usage(problem: Problem, name: str, time_limit: float = 60.0) -> Soluti
     Raises:
         MpqError: If there is no such constraint with one row.
     """
-    # `least` limits the loss, too; an infinite limit never binds.
     least = Problem(problem.loss, problem.constraints).least(name, np.inf)
-    others = Problem(least.loss, least.constraints[:-1], least.interactions)
-    return solver_for(others, time_limit).solve(others)
+    return solver_for(least, time_limit).solve(least)
 
 
 def smallest_relaxation(
@@ -70,7 +68,7 @@ def smallest_relaxation(
         time_limit: Seconds; after that the best found is returned unproven.
 
     Raises:
-        MpqError: If a unit is not positive.
+        MpqError: If a unit is missing or not positive.
     """
     limited = [(c, r) for c in problem.constraints for r in range(len(c.limit)) if np.isfinite(c.limit[r])]
     rows = [_row(c, r, units) for c, r in limited]
@@ -96,6 +94,8 @@ def smallest_relaxation(
 
 
 def _unit(constraint: Constraint, r: int, units: Mapping[str, float] | None) -> float:
+    if units is not None and constraint.name not in units:
+        raise MpqError(f"there is no unit of a relaxation for {constraint.name!r}; there are: {', '.join(units)}")
     unit = abs(float(constraint.limit[r])) if units is None else units[constraint.name]
     if not unit > 0:
         raise MpqError(f"{constraint.name!r}: the unit of a relaxation must be positive, not {unit:g}")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpq.problem import Floats, Ints, Problem
+from mpq.errors import MpqError
+from mpq.problem import Floats, Ints, Problem, Solution, solved
 from mpq.search.ilp import Ilp
-from mpq.search.rows import binding_rows
+from mpq.search.rows import binding_rows, row_units
 
 
-def roomiest(problem: Problem) -> Ints | None:
-    """A feasible pick ``[G]`` that leaves much room in all constraints, found without the losses; None if none is."""
+def roomiest(problem: Problem) -> Solution:
+    """A feasible pick that leaves much room in all constraints, found without the losses.
+
+    Objective and bound are of the shares of the limits that are used. Without a pick, status and message say whether
+    there is none or none was found in time.
+    """
     cost, limit = binding_rows(problem)
-    shares = np.where(problem.allowed, (cost / _scale(limit)).sum(2), np.inf)
-    pick: Ints = shares.argmin(1)
-    if problem.feasible(pick):
-        return pick
-    return Ilp().solve(Problem(shares, problem.constraints)).pick
+    used = (cost / row_units(cost, limit)).sum(2)
+    shares = Problem(np.where(problem.allowed, used, np.inf), problem.constraints)
+    pick: Ints = shares.loss.argmin(1)
+    return solved(shares, pick, -np.inf, 0.0, "roomiest") if problem.feasible(pick) else Ilp().solve(shares)
 
 
 class FeasiblePicks:
@@ -25,12 +29,21 @@ class FeasiblePicks:
 
     Args:
         problem: Its constraints and allowed schemes count, its losses don't.
-        anchor: A feasible pick, where repair ends if nothing else helps.
+
+    Attributes:
+        anchor: A feasible pick ``[G]`` (`roomiest`), where repair ends if nothing else helps.
+
+    Raises:
+        MpqError: If no feasible pick is found.
     """
 
-    def __init__(self, problem: Problem, anchor: Ints) -> None:
-        self.problem, self._anchor = problem, anchor
+    def __init__(self, problem: Problem) -> None:
+        first = roomiest(problem)
+        if first.pick is None:
+            raise MpqError(first.message)
+        self.problem, self.anchor = problem, first.pick
         self._cost, self._limit = binding_rows(problem)
+        self._units = row_units(self._cost, self._limit)
         self._groups = np.arange(len(problem.loss))
         self._options = [np.flatnonzero(row) for row in problem.allowed]
 
@@ -53,7 +66,7 @@ class FeasiblePicks:
         """
         found = np.array(pick, np.int64)
         blocked = ~self.problem.allowed[self._groups, found]
-        found[blocked] = self._anchor[blocked]
+        found[blocked] = self.anchor[blocked]
         while not self.problem.feasible(found):
             used = self._cost[self._groups, found]
             excess = self._excess(used.sum(0) - used[:, None] + self._cost)
@@ -68,15 +81,11 @@ class FeasiblePicks:
         for g in rng.permutation(len(pick)):
             if self.problem.feasible(pick):
                 break
-            pick[g] = self._anchor[g]
+            pick[g] = self.anchor[g]
         return pick
 
     def _excess(self, used: Floats) -> Floats:
         """How far rows ``[..., R]`` are above their limits, in shares of the limits and summed."""
-        over: Floats = np.maximum(used - self._limit, 0.0) / _scale(self._limit)
+        over: Floats = np.maximum(used - self._limit, 0.0) / self._units
         total: Floats = over.sum(-1)
         return total
-
-
-def _scale(limit: Floats) -> Floats:
-    return np.maximum(np.abs(limit), 1e-300)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.evaluations import Evaluations
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.interaction import Interaction
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.measured import MeasuredSearch
 from mpq.search.pareto import convex_frontier
-from mpq.search.rows import binding_rows
+from mpq.search.rows import limit_shares
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,8 @@ class Genetic(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Evolve picks; see `MeasuredSearch.explore`."""
-        anchor = roomiest(problem)
-        assert anchor is not None
-        feasible = FeasiblePicks(problem, anchor)
-        first = self.first(problem, feasible, np.random.default_rng(self.seed))
+        feasible = FeasiblePicks(problem)
+        first = self.first(feasible, np.random.default_rng(self.seed))
 
         def objectives(picks: Ints) -> Floats:
             return self._objectives(problem, picks, evaluations.measure(picks))
@@ -55,17 +54,17 @@ class Genetic(MeasuredSearch):
         """What is minimised, ``[K, objectives]``."""
         return losses[:, None]
 
-    def first(self, problem: Problem, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
+    def first(self, feasible: FeasiblePicks, rng: np.random.Generator) -> Ints:
         """The first generation, all feasible."""
         drawn = feasible.draw(self.population, rng)
-        seeds = self._seeds(problem)[: self.population // 2] if self.seeded else drawn[:0]
+        seeds = self._seeds(feasible)[: self.population // 2] if self.seeded else drawn[:0]
         repaired = [feasible.repair(p, rng) for p in seeds]
         return np.array([*repaired, *drawn[len(seeds) :]], np.int64)
 
-    def _seeds(self, problem: Problem) -> Ints:
+    def _seeds(self, feasible: FeasiblePicks) -> Ints:
         """The predicted optimum, then the frontier's points from the one next to the limits."""
-        frontier = _frontier(problem)
-        order: Ints = np.argsort([-used_shares(problem, p).max(initial=0.0) for p in frontier], kind="stable")
+        frontier = _frontier(feasible)
+        order: Ints = np.argsort([-used_shares(feasible.problem, p).max(initial=0.0) for p in frontier], kind="stable")
         return np.concatenate([frontier[:1], frontier[order]])
 
 
@@ -87,8 +86,8 @@ class Nsga2(Genetic):
     def _objectives(self, problem: Problem, picks: Ints, losses: Floats) -> Floats:
         return with_shares(problem, picks, losses)
 
-    def _seeds(self, problem: Problem) -> Ints:
-        frontier = _frontier(problem)
+    def _seeds(self, feasible: FeasiblePicks) -> Ints:
+        frontier = _frontier(feasible)
         spread = np.unique(np.linspace(0, len(frontier) - 1, max(1, self.population // 2)).astype(int))
         return np.array([frontier[i] for i in spread])
 
@@ -153,13 +152,18 @@ def evolve(
     return survivors
 
 
-def _frontier(problem: Problem) -> Ints:
+def _frontier(feasible: FeasiblePicks) -> Ints:
     """The predicted optimum and the feasible points of the convex frontier of loss against the sum of all rows."""
-    cost, limit = binding_rows(problem)
-    points = convex_frontier(problem.loss, (cost / np.maximum(np.abs(limit), 1e-300)).sum(2)).picks
-    best = Interaction().solve(problem).pick
-    assert best is not None
+    problem = feasible.problem
+    points = convex_frontier(problem.loss, limit_shares(problem)).picks
+    best = predicted_optimum(feasible)
     return np.array([best, *(p for p in points if problem.feasible(p))], np.int64)
+
+
+def predicted_optimum(feasible: FeasiblePicks) -> Ints:
+    """The best predicted pick that is found; the anchor if none is within the time limit."""
+    found = Interaction().solve(feasible.problem).pick
+    return feasible.anchor if found is None else found
 
 
 def used_shares(problem: Problem, pick: Ints) -> Floats:

@@ -9,16 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.errors import MpqError
-from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved
+from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved, without_groups
 from mpq.search.core import Core
 from mpq.search.lagrangian import relax
 from mpq.search.repair import Repair
 from mpq.search.rows import binding_pairs, binding_rows, fitting, named_prices
 
 _MAX_CUTS = 100
+_PATIENCE = 10.0  # seconds for a first pick, beyond the time limit
 _FIT_UNIT = 10.0  # a unit of the objective at most this many times the excess found is small enough
 _REPAIRS = 5  # first picks where pairs have costs
 _FIRST_CORES = (30, 100)  # groups of the integer programs that only seek a better pick
+_NODES = 500  # of each of those; they end there and not by the clock, unless time is short
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Ilp:
     """Exact solver for any number of constraints and rows.
 
     1. Lagrangian relaxation of all rows (`mpq.search.lagrangian`): a lower bound, dual prices, and by greedy repair a
-       feasible pick.
+       feasible pick. Where that finds none, HiGHS looks for any pick, whatever its loss.
     2. Reduced-cost fixing: a choice that adds more to the bound than the gap is in no better pick. Small integer
        programs over the groups that are most in doubt narrow the gap, and so fix more.
     3. The choices that are left go to HiGHS. When it ends, the pick is proven optimal.
@@ -38,8 +40,18 @@ class Ilp:
     integer programs they are exact.
 
     Attributes:
-        time_limit: Seconds; after that the best pick found is returned as `FEASIBLE` with its bound.
+        time_limit: Seconds; after that the best pick found is returned as `FEASIBLE` with its bound. A feasible answer
+            matters more than the limit: as long as there is none, the search for a first one goes on, for 10 seconds
+            more at most.
         seed: Random seed of HiGHS.
+
+    Example:
+        >>> from mpq.problem import Constraint, Problem
+        >>> loss, size, time = [[0.9, 0.2, 0.0], [0.5, 0.1, 0.0]], [[2, 4, 8], [20, 40, 80]], [[1, 1, 3], [2, 2, 5]]
+        >>> limits = Constraint("size", "bits", size, 50), Constraint("latency", "ms", time, 4)
+        >>> solution = Ilp().solve(Problem(loss, limits))
+        >>> solution.pick.tolist(), solution.gap, solution.status.value
+        ([1, 1], 0.0, 'optimal')
     """
 
     time_limit: float = 60.0
@@ -55,7 +67,7 @@ class Ilp:
         if problem.interactions is not None:
             raise MpqError("the ilp takes no interactions; use the interaction solver")
         if not len(problem.loss):
-            return solved(problem, [], 0.0, 0.0, "ilp", proven=True)
+            return without_groups(problem, "ilp")
         run = _Run(problem, started + self.time_limit, self.seed)
         status = run.solve()
         seconds = time.perf_counter() - started
@@ -65,7 +77,7 @@ class Ilp:
         if status is Status.INFEASIBLE:
             return infeasible(problem, seconds, "ilp")
         if status is Status.NO_SOLUTION:
-            message = f"no pick found within {self.time_limit:g} s; raise the time limit"
+            message = f"no pick found within {seconds:.3g} s, which proves nothing; raise the time limit"
         else:
             message = "HiGHS finds only picks that violate a limit by its tolerance; loosen the limit slightly"
         return Solution(Status.NO_SOLUTION, None, np.inf, -np.inf, {}, seconds, "ilp", {}, message)
@@ -101,12 +113,17 @@ class _Run:
         if np.isinf(self.bound):
             return Status.INFEASIBLE
         self._repaired()
+        if self.pick is None:
+            status = self._any()
+            if self.pick is None:
+                return status
         for count in _FIRST_CORES:
-            if self.pick is None or self._remaining() <= 0:
+            if self._remaining() <= 0:
                 break
             keep = self._left()
             if (keep.sum(1) > 1).sum() > 2 * count:
-                _, pick, _ = self._run(self._most_in_doubt(keep, count), self._gap(), self._remaining() / 10)
+                core = self._most_in_doubt(keep, count)
+                _, pick, _ = self._run(core, self._gap(), self._remaining() / 10, _NODES)
                 self._offer(pick)
         return self._prove()
 
@@ -123,24 +140,36 @@ class _Run:
         for s in range(self._loss.shape[1] if self._pairs else 0):
             self._offer(np.full(len(self._loss), s))
 
+    def _any(self) -> Status:
+        """Any feasible pick, by an integer program without an objective; else why there is none."""
+        until = max(self._deadline, time.perf_counter() + _PATIENCE)
+        while True:
+            # An infinite unit leaves nothing of the objective.
+            status, pick, _ = self._run(self._allowed, np.inf, max(0.1, until - time.perf_counter()))
+            self._offer(pick)
+            if pick is None or self.pick is not None:
+                return status
+            self._cuts.append(pick)
+            if len(self._cuts) > _MAX_CUTS or time.perf_counter() > until:
+                return Status.FEASIBLE
+
     def _prove(self) -> Status:
         """Integer programs over all that is left, until the unit of the objective fits what is found."""
         floor = float(self._problem.loss.min(1).sum())
         while True:
             if self._objective - self._relaxed.bound <= 2 * self._relaxed.rounding:
                 return Status.OPTIMAL
-            if self.pick is not None and self._remaining() <= 0:
+            if self._remaining() <= 0:
                 return Status.FEASIBLE
             unit = self._gap()
             status, pick, excess = self._run(self._left(), unit, max(0.1, self._remaining()))
-            if pick is not None and not self._problem.feasible(pick):
+            if pick is None:
+                return Status.FEASIBLE  # by HiGHS's tolerances, not even what is known is feasible
+            if not self._problem.feasible(pick):
                 self._cuts.append(pick)
-                if len(self._cuts) > _MAX_CUTS or self._remaining() <= 0:
+                if len(self._cuts) > _MAX_CUTS:
                     return Status.FEASIBLE
                 continue
-            if pick is None:
-                # Nothing better than what is known, or, by HiGHS's tolerances, not even that.
-                return status if self.pick is None else Status.FEASIBLE
             self._offer(pick)
             if status is not Status.OPTIMAL:
                 self.bound = max(self.bound, self._relaxed.bound - self._relaxed.rounding + excess)
@@ -148,10 +177,12 @@ class _Run:
             if unit <= _FIT_UNIT * (self._objective - floor) or self._objective == floor:
                 return status
 
-    def _run(self, keep: NDArray[np.bool_], unit: float, seconds: float) -> tuple[Status, Ints | None, float]:
+    def _run(
+        self, keep: NDArray[np.bool_], unit: float, seconds: float, nodes: int | None = None
+    ) -> tuple[Status, Ints | None, float]:
         relaxed = self._relaxed
         core = Core(relaxed.reduced, keep, self._base, self._cost, self._limit, relaxed.prices, unit, self._pairs)
-        return core.solve(self.pick, self._cuts, seconds, self._seed)
+        return core.solve(self.pick, self._cuts, seconds, self._seed, nodes)
 
     def _offer(self, pick: Ints | None) -> None:
         """Take a pick if it is feasible and better."""
@@ -162,17 +193,11 @@ class _Run:
         return self._deadline - time.perf_counter()
 
     def _gap(self) -> float:
-        """How far the best pick, or without one the worst of all, is above the relaxation's bound; positive."""
-        upper = self._objective
-        if self.pick is None:
-            upper = float(np.where(self._allowed, self._loss, -np.inf).max(1).sum())
-        found = upper - self._relaxed.bound + 2 * self._relaxed.rounding
-        return max(found, 1e-300)
+        """How far the best pick is above the relaxation's bound; positive."""
+        return max(self._objective - self._relaxed.bound + 2 * self._relaxed.rounding, 1e-300)
 
     def _left(self) -> NDArray[np.bool_]:
         """Choices that a better pick may make, and those of the best pick and the base ``[G, S]``."""
-        if self.pick is None:
-            return self._allowed
         keep = self._relaxed.reduced <= self._gap()
         keep[self._groups, self._base] = keep[self._groups, self.pick] = True
         return keep

@@ -15,7 +15,7 @@ from mpq.search.exhaustive import totals
 from mpq.search.ilp import Ilp
 from mpq.search.knapsack import Knapsack
 from mpq.search.lagrangian import relax
-from mpq.search.local_search import LocalSearch
+from mpq.search.local_search import LocalSearch, with_others
 from mpq.search.psd_bound import PsdBound, separable_bound
 from mpq.search.rows import fitting, named_prices
 
@@ -23,8 +23,8 @@ Mask = NDArray[np.bool_]
 
 # Work per second of the time limit, two thirds of what a core does: pair moves of the local search, and cubed sizes of
 # the matrices of the relaxation. Counting work and not seconds makes runs reproducible.
-_MOVES, _CUBES, _OVERHEAD = 2.5e7, 1.5e9, 1e6
-_FEWEST = 10  # iterations of the relaxation that must fit into the work, else it is not begun
+_MOVES, _CUBES, _OVERHEAD = 1.5e7, 6e8, 1e6
+_FEWEST = 5  # iterations of the relaxation that must fit into the work, else it is not begun
 _LISTED = 5000  # picks that are quicker tried one by one than bounded
 _LINEARIZED = 12  # starts from linearized objectives; a third of them if each needs an integer program
 _MAX_ROWS = 6  # of the relaxation: those with the least room
@@ -45,8 +45,19 @@ class Interaction:
 
     Attributes:
         time_limit: Seconds. Work is counted so that it usually ends before; then the same seed gives the same answer.
+            As with `Ilp`, a first feasible pick is looked for beyond it.
         restarts: Kicks of the local search; large problems do fewer.
         seed: Random seed of the kicks.
+
+    Example:
+        Errors of the two groups cancel if both have their second scheme.
+
+        >>> from mpq.problem import Problem
+        >>> pairs = np.zeros((2, 2, 2, 2))
+        >>> pairs[0, 1, 1, 1] = pairs[1, 1, 0, 1] = -0.5
+        >>> solution = Interaction().solve(Problem([[0.1, 0.3], [0.1, 0.2]], (), pairs))
+        >>> solution.pick.tolist(), round(solution.objective, 12), solution.status.value
+        ([1, 1], 0.0, 'optimal')
     """
 
     time_limit: float = 10.0
@@ -70,7 +81,7 @@ class Interaction:
             rng = np.random.default_rng(self.seed)
             tree.offer(search.search(starts, self.restarts, _MOVES * self.time_limit, until, rng))
         proven = tree.run()
-        prices = _prices(search, tree.pick)
+        prices = _prices(search, tree.pick, started + self.time_limit)
         seconds = time.perf_counter() - started
         return solved(problem, tree.pick, tree.bound, seconds, "interaction", prices, proven=proven)
 
@@ -128,7 +139,7 @@ class BranchAndBound:
         taken = self._interactions[groups[:, None], self.pick[:, None], groups, self.pick]
         terms = float(np.abs(self.problem.loss[groups, self.pick]).sum() + 0.5 * np.abs(taken).sum())
         self._scale = max(abs(self._objective), 0.2 * terms) or 1.0
-        self.bound = self._simple_bound()
+        self.bound = self._simple_bound() - _ROUNDING * self._scale
         if self.large:
             return False
         order = count()
@@ -138,7 +149,7 @@ class BranchAndBound:
             if low >= self._top:
                 break
             if self._spent():
-                self.bound = max(self.bound, low * self._scale)
+                self.bound = max(self.bound, (low - _ROUNDING) * self._scale)
                 return False
             for child_low, parent, child in self._branches(low, node.narrowed(keep) if node.keep is not keep else node):
                 heapq.heappush(heap, (child_low, next(order), parent, child))
@@ -229,10 +240,10 @@ def solver_for(problem: Problem, seconds: float) -> Knapsack | Ilp | Interaction
     return separable_solver(problem, seconds) if problem.interactions is None else Interaction(seconds)
 
 
-def _prices(search: LocalSearch, pick: Ints) -> dict[str, float]:
+def _prices(search: LocalSearch, pick: Ints, deadline: float) -> dict[str, float]:
     """Dual prices of the linear relaxation with each group's interactions as they are with the others' choices."""
-    pairs = search.interactions[:, :, np.arange(len(pick)), pick].sum(2)
-    return named_prices(search.problem, relax(search.problem.loss + pairs, search.cost, search.limit).prices)
+    loss = search.problem.loss + with_others(search.problem, pick)
+    return named_prices(search.problem, relax(loss, search.cost, search.limit, deadline).prices)
 
 
 def _few(keep: Mask) -> bool:

@@ -8,7 +8,7 @@ from mpq.problem import Constraint, Floats, Ints, Problem
 from mpq.search.exhaustive import totals
 from mpq.search.hull import linear_optimum
 from mpq.search.interaction import symmetric
-from mpq.search.local_search import LocalSearch
+from mpq.search.local_search import LocalSearch, with_others
 from mpq.search.pareto import FrontierPicks, undominated
 
 _MOST, _FEWEST = 80, 8  # limits
@@ -71,6 +71,4 @@ def _search(problem: Problem, cost: Floats, limit: float) -> LocalSearch:
 
 def _linearized(problem: Problem, pick: Ints, cost: Floats, limit: float) -> Ints:
     """The best pick if each group's interactions were those with another pick."""
-    assert problem.interactions is not None
-    pairs = problem.interactions[:, :, np.arange(len(pick)), pick].sum(2)
-    return linear_optimum(problem.loss + pairs, cost, limit)[1]
+    return linear_optimum(problem.loss + with_others(problem, pick), cost, limit)[1]

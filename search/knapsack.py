@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpq.errors import MpqError
-from mpq.problem import Floats, Ints, Problem, Solution, infeasible, solved
+from mpq.problem import Floats, Ints, Problem, Solution, infeasible, solved, without_groups
 from mpq.search.hull import linear_optimum
 from mpq.search.pareto import extend_frontier
 
@@ -33,6 +33,13 @@ class Knapsack:
     Attributes:
         time_limit: Seconds, after which the best pick and its bound are returned as `FEASIBLE`.
         max_states: Likewise, a limit on the states of the dynamic program.
+
+    Example:
+        >>> from mpq.problem import Constraint, Problem
+        >>> loss, size = [[0.9, 0.2, 0.0], [0.5, 0.1, 0.0]], [[2, 4, 8], [20, 40, 80]]
+        >>> solution = Knapsack().solve(Problem(loss, (Constraint("size", "bits", size, 50),)))
+        >>> solution.pick.tolist(), solution.objective, solution.usage["size"].tolist(), solution.status.value
+        ([2, 1], 0.1, [48.0], 'optimal')
     """
 
     time_limit: float = 60.0
@@ -51,6 +58,8 @@ class Knapsack:
             raise MpqError("the knapsack takes one constraint with one row; use the ilp solver")
         if any(c.pairs is not None for c in problem.constraints):
             raise MpqError("the knapsack takes no costs of pairs; use the ilp solver")
+        if not len(problem.loss):
+            return without_groups(problem, "knapsack")
         name, cost, limit = _single(problem)
         if any((problem.smallest_usage()[c.name] > c.slack_limit).any() for c in problem.constraints):
             return infeasible(problem, time.perf_counter() - started, "knapsack")
@@ -61,7 +70,7 @@ class Knapsack:
         proven = run.prove(self.max_states, started + self.time_limit)
         prices = {name: run.price} if name else {}
         seconds = time.perf_counter() - started
-        return solved(problem, run.pick, run.bound, seconds, "knapsack", prices, proven=proven)
+        return solved(problem, run.pick, run.bound - run.rounding, seconds, "knapsack", prices, proven=proven)
 
 
 class _Run:
@@ -70,6 +79,7 @@ class _Run:
     Attributes:
         pick: Best pick so far.
         bound: Lower bound of the optimum.
+        rounding: By how much sums of floats may be off.
         price: Loss saved per unit of a looser limit.
     """
 
@@ -83,7 +93,7 @@ class _Run:
         least = reduced.min(1)
         toll = self.price * limit if self.price else 0.0
         self.bound = float(least.sum()) - toll
-        self._rounding = _ROUNDING * (float(np.abs(least).sum()) + abs(toll))
+        self.rounding = _ROUNDING * (float(np.abs(least).sum()) + abs(toll))
         reduced -= least[:, None]
         self._reduced = reduced
         self._objective = problem.objective(self.pick)
@@ -91,7 +101,7 @@ class _Run:
     def improve(self) -> bool:
         """Look for a better pick near the relaxation's optimum; whether one was found."""
         gap = self._gap()
-        if gap <= 2 * self._rounding or not self.price:
+        if gap <= 2 * self.rounding or not self.price:
             return False
         base = self._reduced.argmin(1)
         open_ = self._in_doubt(base, gap)
@@ -120,7 +130,7 @@ class _Run:
 
     def prove(self, max_states: int, deadline: float) -> bool:
         """Dynamic programming over all choices that are left; whether it ended, so that the pick is optimal."""
-        if self._gap() <= 2 * self._rounding:
+        if self._gap() <= 2 * self.rounding:
             return True
         gap, cost, reduced = self._gap(), self._cost, self._reduced
         keep = self._problem.allowed & (reduced <= gap)
@@ -172,7 +182,7 @@ class _Run:
         return found
 
     def _gap(self) -> float:
-        return max(0.0, self._objective - self.bound) + self._rounding
+        return max(0.0, self._objective - self.bound) + self.rounding
 
     def _offer(self, pick: Ints) -> bool:
         """Take a pick if it is feasible and better."""

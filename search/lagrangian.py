@@ -26,7 +26,7 @@ _ROUNDING = 1e-13  # of the sum of all terms
 
 
 @dataclass(frozen=True, eq=False)
-class Relaxation:
+class LagrangianBound:
     """A lower bound and what it comes from.
 
     Attributes:
@@ -42,7 +42,7 @@ class Relaxation:
     rounding: float
 
 
-def relax(loss: Floats, cost: Floats, limit: Floats, deadline: float = np.inf) -> Relaxation:
+def relax(loss: Floats, cost: Floats, limit: Floats, deadline: float = np.inf) -> LagrangianBound:
     """Prices with the largest bound.
 
     Args:
@@ -68,7 +68,7 @@ def relax(loss: Floats, cost: Floats, limit: Floats, deadline: float = np.inf) -
     return replace(found, prices=found.prices / span)
 
 
-def _relaxation(loss: Floats, cost: Floats, limit: Floats, prices: Floats) -> Relaxation:
+def _relaxation(loss: Floats, cost: Floats, limit: Floats, prices: Floats) -> LagrangianBound:
     reduced = loss + cost @ prices
     least = reduced.min(1, keepdims=True)
     toll = float(prices @ limit)
@@ -78,7 +78,7 @@ def _relaxation(loss: Floats, cost: Floats, limit: Floats, prices: Floats) -> Re
     if bound > worst + rounding + 1e-9 * abs(worst):  # no pick costs as much as this bound
         bound = np.inf
     reduced -= least
-    return Relaxation(bound, prices, reduced, rounding)
+    return LagrangianBound(bound, prices, reduced, rounding)
 
 
 class _Dual:

@@ -17,7 +17,15 @@ CREATE TABLE IF NOT EXISTS contexts (key TEXT PRIMARY KEY, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluations (
     context TEXT NOT NULL, pick TEXT NOT NULL, loss REAL NOT NULL, PRIMARY KEY (context, pick)
 );
+CREATE TABLE IF NOT EXISTS parts (
+    context TEXT NOT NULL, pick TEXT NOT NULL, part INTEGER NOT NULL, loss REAL NOT NULL,
+    PRIMARY KEY (context, pick, part)
+);
+CREATE TABLE IF NOT EXISTS claims (
+    context TEXT NOT NULL, pick TEXT NOT NULL, owner TEXT NOT NULL, PRIMARY KEY (context, pick)
+);
 """
+_TABLES = {"contexts", "evaluations"}  # of every version; while another process makes the file, one may be missing
 _PATIENCE = 60.0  # seconds to wait for another process that writes
 
 
@@ -47,6 +55,9 @@ class Ledger:
         self._key = hashlib.sha256(context.encode()).hexdigest()
         try:
             self._base = sqlite3.connect(":memory:" if path is None else path, timeout=_PATIENCE)
+            tables = {name for (name,) in self._base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and tables.isdisjoint(_TABLES):
+                raise sqlite3.DatabaseError("it is a database of something else")
             with self._base:
                 self._base.executescript(_SCHEMA)
                 self._base.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?)", (self._key, context))
@@ -64,6 +75,35 @@ class Ledger:
         with self._base:
             row = (self._key, _text(pick), float(loss))
             self._base.execute("INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?)", row)
+
+    def parts(self, pick: ArrayLike) -> list[float]:
+        """The losses of a pick ``[G]`` on the first part of the data, on the first two, and so on, as far as kept."""
+        query = "SELECT loss FROM parts WHERE context = ? AND pick = ? ORDER BY part"
+        return [float(loss) for (loss,) in self._base.execute(query, (self._key, _text(pick)))]
+
+    def put_parts(self, pick: ArrayLike, losses: list[float]) -> None:
+        """Keep the losses of a pick ``[G]`` on parts of the data; those that are there already stay."""
+        with self._base:
+            rows = [(self._key, _text(pick), part, float(loss)) for part, loss in enumerate(losses)]
+            self._base.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?, ?, ?)", rows)
+
+    def claim(self, pick: ArrayLike, owner: str, instead_of: str = "") -> str:
+        """Claim the measurement of a pick ``[G]``; of several processes, only the first gets it.
+
+        Args:
+            pick: What is to be measured.
+            owner: Who claims it.
+            instead_of: An owner who is dead and whose claim is taken over.
+
+        Returns:
+            Whose claim it is now.
+        """
+        key = (self._key, _text(pick))
+        with self._base:
+            self._base.execute("INSERT OR IGNORE INTO claims VALUES (?, ?, ?)", (*key, owner))
+            query = "UPDATE claims SET owner = ? WHERE context = ? AND pick = ? AND owner = ?"
+            self._base.execute(query, (owner, *key, instead_of))
+            return str(self._base.execute("SELECT owner FROM claims WHERE context = ? AND pick = ?", key).fetchone()[0])
 
     def all(self) -> tuple[Ints, Floats]:
         """Picks ``[N, G]`` and losses ``[N]`` of this context, in the order in which they were kept."""

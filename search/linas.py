@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.evaluations import Evaluations
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import Nsga2, evolve, with_shares
 from mpq.search.logs import logarithms
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.measured import MeasuredSearch
 from mpq.search.surrogate import Attributes, training_picks
 
 if TYPE_CHECKING:
@@ -55,13 +56,11 @@ class Linas(MeasuredSearch):
         """Measure, learn, evolve, repeat; see `MeasuredSearch.explore`."""
         from mpq.search.predictor import LossPredictor  # imports scipy
 
-        anchor = roomiest(problem)
-        assert anchor is not None
-        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)
+        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem)
         predictor = LossPredictor(problem, self.attributes, seeded=self.seeded)
         first = training_picks(feasible, self.initial, rng)
         if self.seeded:
-            seeds = Nsga2(population=self.initial).first(problem, feasible, rng)[: self.initial // 2]
+            seeds = Nsga2(population=self.initial).first(feasible, rng)[: self.initial // 2]
             first = np.concatenate([seeds, first[: self.initial - len(seeds)]])
         evaluations.measure(first)
         for _ in range(self.rounds):

@@ -14,6 +14,14 @@ _TOLERANCE = 1e-11  # of the sum of all terms: smaller gains are rounding
 _KICK = 7  # groups changed at random between two descents
 
 
+def with_others(problem: Problem, pick: Ints) -> Floats:
+    """Interactions of each choice with what all other groups of a pick ``[G]`` took ``[G, S]``; zero without any."""
+    if problem.interactions is None:
+        return np.zeros_like(problem.loss)
+    found: Floats = problem.interactions[:, :, np.arange(len(pick)), pick].sum(2)
+    return found
+
+
 class LocalSearch:
     """Descent from a pick to one that no feasible change of one or two groups betters, from many starts.
 

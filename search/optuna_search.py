@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,18 +16,18 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
-from mpq.search.genetic import used_shares
-from mpq.search.interaction import Interaction
-from mpq.search.measured import Evaluations, MeasuredSearch
-from mpq.search.rows import binding_rows
+from mpq.search.evaluations import Evaluations
+from mpq.search.feasible import FeasiblePicks
+from mpq.search.genetic import predicted_optimum, used_shares
+from mpq.search.measured import MeasuredSearch, check_batch
+from mpq.search.rows import limit_shares
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
 _TRIES = 200  # trials without a new pick after which the search ends
 _PATIENCE = 60.0  # seconds to wait for another process that writes
-_DEAD = 10.0  # a trial that runs for so many times the longest finished one was left by a dead process
+_DEAD = 10.0  # a trial that is seen for so many times the longest finished one was left by a dead process
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class OptunaSearch(MeasuredSearch):
 
     With a storage, several processes or machines share the study, each with the same problem, and may join or die at
     any time: give all of them the same ledger, too, where their file system allows it. The limit of evaluations then
-    counts those of all. If the measurement is a `PartialMeasure`, bad picks are dropped after a part of the data
-    (median pruning; not with several objectives).
+    counts those of all, and none is made twice; without it, two that begin at once may make the same one.
+
+    If the measurement is a `PartialMeasure`, bad picks are dropped after a part of the data (median pruning; not with
+    several objectives, nor in batches).
 
     Attributes:
         sampler: ``tpe``, ``cmaes`` (needs the package cmaes) or ``nsga3`` (Deb and Jain, 2014: loss against how much
@@ -48,7 +51,7 @@ class OptunaSearch(MeasuredSearch):
         study: Name of the study in the storage.
 
     Raises:
-        MpqError: If the sampler is unknown, or its package is missing.
+        MpqError: If the sampler is unknown, or its package is missing, or the batch is empty.
     """
 
     sampler: str = "tpe"
@@ -60,6 +63,9 @@ class OptunaSearch(MeasuredSearch):
     name: ClassVar[str] = "optuna"
     needs: ClassVar[tuple[str, ...]] = ("optuna",)
 
+    def __post_init__(self) -> None:
+        check_batch(self.batch)
+
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Ask for trials, measure and tell; see `MeasuredSearch.explore`."""
         with _quiet():
@@ -70,18 +76,18 @@ class _Run:
     """One process's part in a study."""
 
     def __init__(self, search: OptunaSearch, problem: Problem, evaluations: Evaluations) -> None:
-        anchor = roomiest(problem)
-        assert anchor is not None
         self._search, self._problem, self._evaluations = search, problem, evaluations
-        self._feasible = FeasiblePicks(problem, anchor)
+        self._feasible = FeasiblePicks(problem)
         self._several = search.sampler == "nsga3"
         # By rising cost, for samplers that take neighbouring values for similar ones.
-        cost, limit = binding_rows(problem)
-        order = (cost / np.maximum(np.abs(limit), 1e-300)).sum(2).argsort(1, kind="stable")
+        order = limit_shares(problem).argsort(1, kind="stable")
         self._options = [
             [int(s) for s in row if allowed[s]] for row, allowed in zip(order, problem.allowed, strict=True)
         ]
         self._study = self._open()
+        self._name = uuid.uuid4().hex  # of this process, in claims
+        self._own: set[int] = set()  # trials of this process
+        self._rivals: dict[object, float] = {}  # trials and claims of others, and when they were first seen
 
     def run(self) -> str:
         """Measure trials until nothing new comes up."""
@@ -93,6 +99,7 @@ class _Run:
                 self._adopt()
             trials = [self._study.ask() for _ in range(self._search.batch)]
             picks = [self._pick(trial) for trial in trials]
+            self._own.update(trial.number for trial in trials)
             new = [self._is_new(trial, pick) for trial, pick in zip(trials, picks, strict=True)]
             idle = 0 if any(new) else idle + len(trials)
             if self._evaluations.partial and not self._several and self._search.batch == 1:
@@ -135,8 +142,7 @@ class _Run:
             load_if_exists=True,
         )
         if self._search.seeded:
-            best = Interaction().solve(self._problem).pick
-            assert best is not None
+            best = predicted_optimum(self._feasible)
             start = {f"g{g}": self._options[g].index(int(s)) for g, s in enumerate(best)}
             study.enqueue_trial(start, skip_if_exists=True)
         return study
@@ -172,7 +178,7 @@ class _Run:
         if not self._evaluations.known(pick):
             self._study.tell(trial, state=TrialState.FAIL)
             return
-        loss = min(float(self._evaluations.measure(pick)[0]), float(np.finfo(float).max))
+        loss = min(float(self._evaluations.measure([pick])[0]), float(np.finfo(float).max))
         trial.set_user_attr("loss", loss)
         shares: Floats = used_shares(self._problem, pick) if self._several else np.zeros(0)
         self._study.tell(trial, [loss, *shares.tolist()])
@@ -186,23 +192,31 @@ class _Run:
     def _is_new(self, trial: Trial, pick: Ints) -> bool:
         """Whether a pick is not known and no living process measures it.
 
-        Each process says what it will measure before it looks, so no two measure the same.
+        Each process says what it will measure before it looks at earlier trials, and then claims it in the ledger: of
+        those that share one, exactly one gets it.
         """
         from optuna.trial import TrialState
 
         if self._evaluations.known(pick) or self._search.storage is None:
             return not self._evaluations.known(pick)
         trials = self._study.get_trials(deepcopy=False)
-        times = [t.duration.total_seconds() for t in trials if t.duration is not None]
-        longest = _DEAD * max([_PATIENCE / _DEAD, *times])
-        return not any(
-            t.number != trial.number
-            and t.state is TrialState.RUNNING
-            and t.user_attrs.get("pick") == pick.tolist()
-            and t.datetime_start is not None
-            and (datetime.now() - t.datetime_start).total_seconds() < longest
-            for t in trials
-        )
+        durations = [t.duration.total_seconds() for t in trials if t.duration is not None and t.values]
+        for t in trials[: trial.number]:
+            rival = t.state is TrialState.RUNNING and t.number not in self._own
+            if rival and t.user_attrs.get("pick") == pick.tolist() and not self._dead(t.number, durations):
+                return False
+        owner = self._evaluations.claim(pick, self._name)
+        if owner != self._name and self._dead((pick.tobytes(), owner), durations):
+            owner = self._evaluations.claim(pick, self._name, instead_of=owner)
+        return owner == self._name
+
+    def _dead(self, rival: object, durations: list[float]) -> bool:
+        """Whether a rival is seen for so long that it can't be measuring; before any trial is finished, none is.
+
+        Only this machine's clock counts, as those of others may differ.
+        """
+        seen = time.monotonic() - self._rivals.setdefault(rival, time.monotonic())
+        return bool(durations) and seen > max(_PATIENCE, _DEAD * max(durations))
 
 
 def _open_storage(storage: str) -> Any:

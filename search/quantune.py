@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.evaluations import Evaluations
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import Genetic
 from mpq.search.logs import logarithms, predicted_shares
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.measured import MeasuredSearch
 from mpq.search.surrogate import EarlierStudy, best_predicted
 
 if TYPE_CHECKING:
@@ -38,6 +39,20 @@ class Quantune(MeasuredSearch):
         seeded: The trees correct the predicted losses, and half of the initial picks are of the predicted frontier;
             else nothing is known in advance and all of those are random.
         earlier: Studies of other models.
+
+    Example:
+        Trees that know nothing of the losses in advance.
+
+        >>> from mpq.problem import Constraint, Problem
+        >>> from mpq.search import Evaluations
+        >>> bits = np.array([2.0, 4.0, 8.0])
+        >>> size = Constraint("size", "bits", np.tile(bits, (5, 1)), 20.0)
+        >>> problem = Problem(np.outer([1.0, 2.0, 4.0, 8.0, 16.0], 4.0**-bits), (size,))
+        >>> def measure(pick):
+        ...     return float(np.dot([1.0, 2.0, 50.0, 8.0, 16.0], 4.0 ** -bits[pick]))
+        >>> found = Quantune(seeded=False, initial=8).search(problem, Evaluations(measure, limit=40))
+        >>> found.evaluations, found.pick.tolist()
+        (40, [0, 0, 2, 1, 1])
     """
 
     seed: int = 0
@@ -51,12 +66,10 @@ class Quantune(MeasuredSearch):
 
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure, learn, repeat; see `MeasuredSearch.explore`."""
-        anchor = roomiest(problem)
-        assert anchor is not None
-        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor)
+        rng, feasible = np.random.default_rng(self.seed), FeasiblePicks(problem)
         trees = Trees(problem, self.earlier, seeded=self.seeded)
         if not self.earlier:
-            evaluations.measure(Genetic(self.seed, self.initial, seeded=self.seeded).first(problem, feasible, rng))
+            evaluations.measure(Genetic(self.seed, self.initial, seeded=self.seeded).first(feasible, rng))
         for _ in range(self.rounds):
             trace = evaluations.trace
             trees.learn(trace.picks.reshape(-1, len(problem.loss)), trace.losses)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from mpq.problem import Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
-from mpq.search.measured import Evaluations, MeasuredSearch
+from mpq.search.evaluations import Evaluations
+from mpq.search.feasible import FeasiblePicks
+from mpq.search.measured import MeasuredSearch, check_batch
 
 _TRIES = 1000  # draws without a new pick after which all are taken to be known
 
@@ -21,17 +22,21 @@ class RandomSearch(MeasuredSearch):
     Attributes:
         seed: Random seed.
         batch: Picks measured at once, for executors.
+
+    Raises:
+        MpqError: If the batch is empty.
     """
 
     seed: int = 0
     batch: int = 16
     name: ClassVar[str] = "random"
 
+    def __post_init__(self) -> None:
+        check_batch(self.batch)
+
     def explore(self, problem: Problem, evaluations: Evaluations) -> str:
         """Measure random picks; see `MeasuredSearch.explore`."""
-        anchor = roomiest(problem)
-        assert anchor is not None
-        rng, feasible, idle = np.random.default_rng(self.seed), FeasiblePicks(problem, anchor), 0
+        rng, feasible, idle = np.random.default_rng(self.seed), FeasiblePicks(problem), 0
         while idle < _TRIES:
             picks = feasible.draw(self.batch, rng)
             known = all(evaluations.known(p) for p in picks)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mpq.problem import Ints, Problem
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.evaluations import Evaluations, Trace
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.interaction import Interaction, separable_solver, symmetric
 from mpq.search.local_search import LocalSearch
-from mpq.search.measured import Evaluations, MeasuredSearch, Trace
+from mpq.search.logs import logarithms
+from mpq.search.measured import MeasuredSearch
 
 if TYPE_CHECKING:
     from mpq.search.residual import ResidualModel
@@ -35,11 +37,25 @@ class Refine(MeasuredSearch):
 
     Attributes:
         seed: Random seed of the draws.
-        least_gain: It ends when less than this share of the loss is expected to be gained by one more evaluation;
-            choose about the relative error of a measurement.
+        least_gain: It ends when less than this share of the loss is expected to be gained by one more evaluation, or
+            less than the noise of the measurement where that tells it (`Evaluations.noise`).
         handful: Evaluations before it may end: a model of fewer can't tell.
         batch: Picks measured at once, for executors.
         drafts: Draws from the posterior for each batch.
+
+    Example:
+        The prediction is wrong about the third group; a few measurements say so.
+
+        >>> from mpq.problem import Constraint, Problem
+        >>> from mpq.search import Evaluations
+        >>> bits = np.array([2.0, 4.0, 8.0])
+        >>> size = Constraint("size", "bits", np.tile(bits, (5, 1)), 20.0)
+        >>> problem = Problem(np.outer([1.0, 2.0, 4.0, 8.0, 16.0], 4.0**-bits), (size,))
+        >>> def measure(pick):
+        ...     return float(np.dot([1.0, 2.0, 50.0, 8.0, 16.0], 4.0 ** -bits[pick]))
+        >>> found = Refine().search(problem, Evaluations(measure, limit=12))
+        >>> found.pick.tolist(), bool(found.loss < found.trace.losses[0])
+        ([0, 0, 2, 1, 1], True)
     """
 
     seed: int = 0
@@ -55,10 +71,11 @@ class Refine(MeasuredSearch):
         evaluations.measure(proposer.first(evaluations))
         while True:
             gain, picks = proposer.propose(evaluations, self.batch, self.drafts)
-            if not len(picks) or (gain < self.least_gain and len(evaluations.trace) >= self.handful):
-                return (
-                    f"one more evaluation is expected to gain {gain:.2%} of the loss, less than {self.least_gain:.2%}"
-                )
+            enough, least, noisy = len(evaluations.trace) >= self.handful, self.least_gain, ""
+            if enough and gain >= least and (noise := proposer.noise(evaluations)) > least:
+                least, noisy = noise, "the noise of "
+            if not len(picks) or (enough and gain < least):
+                return f"one more evaluation is expected to gain {gain:.2%} of the loss, less than {noisy}{least:.2%}"
             evaluations.measure(picks)
 
 
@@ -71,10 +88,8 @@ class Proposer:
     """
 
     def __init__(self, problem: Problem, rng: np.random.Generator) -> None:
-        anchor = roomiest(problem)
-        assert anchor is not None
         self.problem, self._rng = symmetric(problem), rng
-        self._feasible = FeasiblePicks(problem, anchor)
+        self._feasible = FeasiblePicks(problem)
 
     def first(self, evaluations: Evaluations) -> Ints:
         """The optimum of the problem as far as it is known, and that with interactions of half their strength.
@@ -89,7 +104,8 @@ class Proposer:
         if problem.interactions is not None and not len(trace):
             problems.append(replace(problem, interactions=0.5 * problem.interactions))
         picks = [Interaction().solve(p).pick for p in problems]
-        return _distinct(np.array([p for p in picks if p is not None]))
+        found = [p for p in picks if p is not None] or [self._feasible.anchor]  # where time was too short
+        return _distinct(np.array(found))
 
     def propose(self, evaluations: Evaluations, batch: int, drafts: int) -> tuple[float, Ints]:
         """Picks ``[batch, G]`` or fewer, all new, and the largest gain expected of one; some must be measured already.
@@ -118,6 +134,18 @@ class Proposer:
         own = [i for i, p in enumerate(candidates) if p.tobytes() in drafted]
         chosen = list(dict.fromkeys([int(order[0]), *own, *order.tolist()]))[:batch]
         return float(gain[order[0]]), candidates[chosen]
+
+    def noise(self, evaluations: Evaluations) -> float:
+        """Least standard error of a difference from the best loss, in logarithms as gains are; zero if unknown.
+
+        The least, because what is proposed differs little from the best: a pick far off has a noisier difference.
+        """
+        trace = evaluations.trace
+        known = np.flatnonzero(self._feasible.fits(trace.picks) & np.isfinite(trace.losses))
+        best = known[np.argsort(trace.losses[known], kind="stable")][:_INCUMBENTS]
+        errors = [evaluations.noise(trace.picks[best[0]], trace.picks[other]) for other in best[1:]]
+        error = min((e for e in errors if e is not None), default=0.0)
+        return error / math.exp(logarithms(trace.losses)[best[0]]) if error else 0.0
 
     def _optimum(self, problem: Problem, starts: Ints) -> Ints:
         """A good pick of a corrected problem."""

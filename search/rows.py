@@ -23,6 +23,24 @@ def binding_pairs(problem: Problem) -> tuple[tuple[int, PairCosts], ...]:
     return tuple((int(i), c.pairs) for i, (c, n) in zip(first, kept, strict=False) if n and c.pairs is not None)
 
 
+def limit_shares(problem: Problem) -> Floats:
+    """Costs as shares of all limits that are finite, those that no pick reaches too, summed ``[G, S]``."""
+    G, S = problem.loss.shape
+    kept = [(c, np.isfinite(c.limit)) for c in problem.constraints]
+    cost = np.concatenate([np.zeros((G, S, 0)), *(c.cost[..., rows] for c, rows in kept)], axis=2)
+    limit = np.concatenate([np.zeros(0), *(c.limit[rows] for c, rows in kept)])
+    shares: Floats = cost / row_units(cost, limit)
+    total: Floats = shares.sum(2)
+    return total
+
+
+def row_units(cost: Floats, limit: Floats) -> Floats:
+    """What rows ``[R]`` are compared in: their limits, but for those that are next to nothing beside the costs."""
+    largest = np.abs(cost).max(1, initial=0.0).sum(0)
+    units: Floats = np.maximum(np.maximum(np.abs(limit), 1e-12 * largest), 1e-300)
+    return units
+
+
 def fitting(keep: NDArray[np.bool_], cost: Floats, limit: Floats) -> NDArray[np.bool_]:
     """Choices ``[G, S]`` without those that exceed a limit even if all other groups take what costs least."""
     while keep.any(1).all():
@@ -48,7 +66,5 @@ def named_prices(problem: Problem, prices: Floats) -> dict[str, float]:
 
 def _binding(problem: Problem, constraint: Constraint) -> NDArray[np.bool_]:
     """Which rows some pick violates ``[R]``."""
-    largest = np.where(problem.allowed[..., None], constraint.cost, -np.inf).max(1).sum(0)
-    pairs = 0.0 if constraint.pairs is None else constraint.pairs.largest
-    found: NDArray[np.bool_] = largest + pairs > constraint.slack_limit
+    found: NDArray[np.bool_] = problem.largest_usage()[constraint.name] > constraint.slack_limit
     return found

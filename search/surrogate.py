@@ -12,10 +12,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
+from mpq.search.evaluations import Evaluations
 from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import evolve
 from mpq.search.ledger import Ledger
-from mpq.search.measured import Evaluations
 
 Predict = Callable[[Ints], Floats]
 """Predicted logarithms of the losses ``[K]`` of picks ``[K, G]``."""
@@ -40,7 +40,7 @@ class EarlierStudy:
         losses: Their losses ``[N]``.
 
     Raises:
-        MpqError: If picks and problem don't fit.
+        MpqError: If picks and problem don't fit, or there are no picks.
     """
 
     problem: Problem
@@ -50,9 +50,11 @@ class EarlierStudy:
     def __post_init__(self) -> None:
         G, S = self.problem.loss.shape
         shape = np.shape(self.picks)
-        fits = shape == (len(self.losses), G) and (not len(self.picks) or int(np.max(self.picks)) < S)
-        if not fits:
+        picks = np.asarray(self.picks)
+        if shape != (len(self.losses), G) or not ((picks >= 0) & (picks < S)).all():
             raise MpqError(f"picks {shape} of an earlier study don't fit its problem of {G} groups x {S} schemes")
+        if not len(picks):
+            raise MpqError("an earlier study without picks teaches nothing; leave it out")
 
     @classmethod
     def from_ledger(cls, problem: Problem, ledger: Ledger) -> EarlierStudy:

@@ -9,14 +9,19 @@ from typing import ClassVar
 import numpy as np
 
 from mpq.errors import MpqError
-from mpq.problem import Problem
-from mpq.search.measured import Evaluations, MeasuredSearch, Stop
+from mpq.problem import Constraint, Problem
+from mpq.search.evaluations import Evaluations, Stop
+from mpq.search.feasibility import least_usage
+from mpq.search.feasible import roomiest
+from mpq.search.measured import MeasuredSearch
 from mpq.search.refine import Refine
 
 
 @dataclass(frozen=True)
 class Sweep(MeasuredSearch):
     """Searches under limits of the first constraint, spread evenly from the least that can be met to the given one.
+
+    The least is that under the other constraints; limits that no pick is found for are left out.
 
     They share their evaluations, so each begins with what those before have learnt, and divide the limit of evaluations
     evenly. `mpq.search.Trace.frontier` gives the frontier that was measured.
@@ -42,8 +47,7 @@ class Sweep(MeasuredSearch):
             raise MpqError("a sweep needs a problem whose first constraint has one row")
         inner = Refine(self.seed) if self.inner is None else self.inner
         first, *others = problem.constraints
-        dearest = np.where(problem.allowed, first.cost[..., 0], -np.inf).max(1).sum()
-        least, most = problem.smallest_usage()[first.name][0], min(dearest, first.limit[0])
+        least, most = _least(problem, first), min(problem.largest_usage()[first.name][0], first.limit[0])
         total, points = evaluations.limit, int(max(1, min(self.points, evaluations.left)))
         try:
             for i, limit in enumerate(np.linspace(least, most, points)):
@@ -52,7 +56,8 @@ class Sweep(MeasuredSearch):
                     evaluations.limit += share - evaluations.left
                 narrower = replace(problem, constraints=(replace(first, limit=np.array([limit])), *others))
                 try:
-                    inner.explore(narrower, evaluations)
+                    if roomiest(narrower).pick is not None:
+                        inner.explore(narrower, evaluations)
                 except Stop as stop:
                     if stop.__cause__ is not None or evaluations.left > 0:
                         raise
@@ -60,3 +65,12 @@ class Sweep(MeasuredSearch):
         finally:
             evaluations.limit = total
         return f"{points} limits of {first.name}"
+
+
+def _least(problem: Problem, constraint: Constraint) -> float:
+    """The least cost to begin at; with costs of pairs, which can't be minimised, what each group costs at least."""
+    if constraint.pairs is None:
+        found = least_usage(problem, constraint.name)
+        if found.pick is not None:
+            return found.objective
+    return float(problem.smallest_usage()[constraint.name][0])

@@ -79,8 +79,8 @@ def test_what_can_not_be_met_is_told():
     problem, true = wide()
     found = Bisection(-1.0).search(problem, Evaluations(true))
     assert found.status is Status.NO_SOLUTION
-    assert "does not pass" in found.message
-    assert len(found.trace) == 1
+    assert "none of the 4 picks measured passes" in found.message
+    assert len(found.trace) == 4
     (size,) = problem.constraints
     tight = Problem(problem.loss, (Constraint("size", "bits", size.cost, 1.0),), problem.interactions)
     assert Bisection(1.0).search(tight, Evaluations(true)).status is Status.INFEASIBLE
@@ -99,3 +99,38 @@ def test_limit_of_evaluations_and_ledger(tmp_path):
     whole = Bisection(0.05).search(problem, Evaluations(true))
     np.testing.assert_array_equal(again.trace.picks, whole.trace.picks)
     assert whole.usage["size"] <= cut.usage["size"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_losses_without_a_logarithm_are_bisected(bad):
+    """A network that collapses under few bits measures nothing finite."""
+    problem, _ = wide(4)
+    (size,) = problem.constraints
+    low, high = size.cost.min(1).sum(), size.cost.max(1).sum()
+
+    def measure(pick):
+        return bad if size.usage(pick)[0] < low + 0.4 * (high - low) else problem.objective(pick)
+
+    found = Bisection(0.1).search(problem, Evaluations(measure))
+    assert found.usage["size"] == min(path_sizes(problem, lambda pick: measure(pick) <= 0.1))
+    assert "falls as the cost rises" in found.message
+
+
+def test_a_limit_below_zero():
+    """A config may have to be better than the float model."""
+    problem, _ = wide(4)
+    found = Bisection(-1.0).search(problem, Evaluations(lambda pick: problem.objective(pick) - 1.05))
+    expected = min(path_sizes(problem, lambda pick: problem.objective(pick) - 1.05 <= -1.0))
+    assert found.usage["size"] == expected
+
+
+def test_cheaper_picks_are_measured_where_the_dearest_fails():
+    """Some quantized networks are better than with more bits."""
+    problem, _ = wide(4)
+
+    def measure(pick):
+        return 1.0 if (pick == 3).all() else problem.objective(pick)
+
+    found = Bisection(0.05).search(problem, Evaluations(measure))
+    assert found.trace.losses[0] == 1.0
+    assert found.usage["size"] == min(path_sizes(problem, lambda pick: measure(pick) <= 0.05))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Evaluations, Exhaustive, Ledger, RandomSearch
+from mpq.search.evaluations import Stop
 from mpq.search.feasible import FeasiblePicks, roomiest
-from mpq.search.measured import Stop
 from mpq.testing import random_problem
 
 
@@ -103,11 +103,13 @@ def test_frontier_of_a_trace():
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 2))
 def test_draws_and_repairs_are_feasible(seed, rows, constraints):
     problem = random_problem(np.random.default_rng(seed), rows=rows, constraints=constraints, ties=seed % 2 == 0)
-    anchor = roomiest(problem)
-    assert (anchor is None) == (Exhaustive().solve(problem).status is Status.INFEASIBLE)
+    anchor = roomiest(problem).pick
     if anchor is None:
+        assert roomiest(problem).status is Exhaustive().solve(problem).status is Status.INFEASIBLE
+        with pytest.raises(MpqError, match=r"reachable|not all together"):
+            FeasiblePicks(problem)
         return
-    rng, feasible = np.random.default_rng(seed), FeasiblePicks(problem, anchor)
+    rng, feasible = np.random.default_rng(seed), FeasiblePicks(problem)
     picks = feasible.draw(5, rng)
     assert all(problem.feasible(p) for p in [anchor, *picks])
     assert feasible.fits(picks).all()

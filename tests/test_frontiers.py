@@ -18,7 +18,7 @@ from mpq.search import (
 )
 from mpq.search.exhaustive import totals
 from mpq.search.pareto import undominated
-from mpq.testing import random_problem
+from mpq.testing import KINDS, interacting_network, random_numbers, random_problem
 
 
 def all_points(problem, costs):
@@ -37,14 +37,9 @@ def brute(points):
 
 
 def interacting(G, S, seed=0):
-    """Errors that fall with the bits and correlate between groups; no constraint, and a cost."""
-    rng = np.random.default_rng(seed)
-    bits = np.array([2.0, 3, 4, 6, 8])[:S]
-    factor = rng.standard_normal((2 * G, G, S)) * 2.0**-bits * rng.lognormal(0, 0.7, (G, 1))
-    pairs = np.tensordot(factor, factor, (0, 0))
-    loss = np.einsum("gsgs->gs", pairs).copy() / 2
-    pairs[np.arange(G), :, np.arange(G)] = 0.0
-    return Problem(loss, (), pairs), np.round(rng.lognormal(5, 1, (G, 1))) * bits
+    """A network without a limit, and its sizes."""
+    problem = interacting_network(G, S, seed, rank=2)
+    return Problem(problem.loss, (), problem.interactions), problem.constraints[0].cost[..., 0]
 
 
 def test_exact_frontier_equals_brute_force_on_200_problems():
@@ -59,6 +54,38 @@ def test_exact_frontier_equals_brute_force_on_200_problems():
         np.testing.assert_allclose(problem.loss[rows, found.picks].sum(1), found.loss, atol=1e-9)
         largest = max(largest, len(found.cost))
     assert largest > 20
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.integers(1, 4), st.sampled_from(KINDS), st.sampled_from(KINDS))
+def test_frontiers_of_awkward_numbers(seed, G, S, of_loss, of_cost):
+    """Ties, zeros, 24 orders of magnitude, one scheme, no groups: the exact one is every point of brute force."""
+    rng = np.random.default_rng(seed)
+    loss, cost = random_numbers(rng, of_loss, (G, S)), random_numbers(rng, of_cost, (G, S))
+    exact, convex = exact_frontier(loss, cost), convex_frontier(loss, cost)
+    points = all_points(Problem(loss), [cost])
+    expected = points[[not ((points <= p).all(1) & (points < p).any(1)).any() for p in points]]
+    np.testing.assert_array_equal(np.c_[exact.cost, exact.loss], np.unique(expected, axis=0))
+    for found in (exact, convex):
+        assert found.picks.shape == (len(found.cost), G)
+        np.testing.assert_array_equal(cost[np.arange(G), found.picks].sum(1), found.cost)
+        np.testing.assert_array_equal(loss[np.arange(G), found.picks].sum(1), found.loss)
+    rounding = 1e-9 * np.abs(loss).sum()
+    ends = convex.loss[-1], convex.cost[0]
+    assert ends == pytest.approx((exact.loss[-1], exact.cost[0]), abs=max(rounding, 1e-9 * np.abs(cost).sum()))
+    assert (np.diff(convex.cost) >= 0).all()
+    assert (np.diff(convex.loss) <= rounding).all()
+
+
+def test_frontiers_of_no_groups():
+    nothing = np.zeros((0, 3))
+    made = tuple(Constraint(name, "", nothing, 1.0) for name in "ab")
+    empty = Problem(nothing, made, np.zeros((0, 3, 0, 3)))
+    starts = exact_frontier(nothing, nothing)
+    assert (starts.cost.tolist(), starts.loss.tolist(), starts.picks.shape) == ([0], [0], (1, 0))
+    assert convex_frontier(nothing, nothing).picks.shape == (1, 0)
+    assert interaction_frontier(empty, nothing, starts).picks.shape == (1, 0)
+    assert epsilon_surface(empty, ["a", "b"]).picks.shape == (1, 0)
 
 
 def test_a_long_convex_frontier_is_thinned_evenly():

@@ -1,5 +1,4 @@
 import importlib.util
-import itertools
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mpq.search import SOLVERS, Exhaustive, Ilp, Interaction, Knapsack, auto_sol
 from mpq.search.exhaustive import totals
 from mpq.search.local_search import LocalSearch
 from mpq.search.psd_bound import PsdBound, separable_bound
-from mpq.testing import SolverContract, random_problem
+from mpq.testing import SolverContract, feasible_picks, interacting_network, random_problem
 
 KINDS = ("gram", "indefinite", "whole")
 
@@ -42,26 +41,6 @@ def random_interacting(seed, **size):
     rng = np.random.default_rng(seed)
     kind = KINDS[seed % 3]
     return interacting(random_problem(rng, ties=kind == "whole", **size), rng, kind)
-
-
-def network(G, S=5, seed=0, share=0.4, rank=4):
-    """A problem like that of a network: errors fall with the bits and correlate between layers, more at low rank."""
-    rng = np.random.default_rng(seed)
-    bits = np.array([2.0, 3, 4, 6, 8, 10])[:S]
-    factor = rng.standard_normal((rank * G, G, S)) * 2.0**-bits * rng.lognormal(0, 0.7, (G, 1))
-    pairs = np.tensordot(factor, factor, (0, 0))
-    loss = np.einsum("gsgs->gs", pairs).copy() / 2
-    pairs[np.arange(G), :, np.arange(G)] = 0.0
-    cost = np.round(rng.lognormal(5, 1, (G, 1))) * bits
-    limit = cost[:, 0].sum() + share * (cost[:, -1] - cost[:, 0]).sum()
-    return Problem(loss, (Constraint("size", "bits", cost, limit),), pairs)
-
-
-def feasible_picks(problem):
-    """All feasible picks ``[n, G]`` and their objectives, one by one."""
-    G, S = problem.loss.shape
-    picks = [p for p in itertools.product(range(S), repeat=G) if problem.feasible(p)]
-    return np.array(picks, int).reshape(-1, G), np.array([problem.objective(p) for p in picks])
 
 
 class InteractionContract(SolverContract):
@@ -127,11 +106,16 @@ class TestBranchingManyRows(InteractionContract):
 
 
 class TestExhaustive(InteractionContract):
+    """Held to trying one pick after the other."""
+
     rows, constraints = 2, 2
 
     @pytest.fixture
     def solver(self):
         return Exhaustive()
+
+    def least(self, problem):
+        return feasible_picks(problem)[1].min(initial=np.inf)
 
 
 def test_exhaustive_search_is_the_least_of_all_picks():
@@ -173,7 +157,7 @@ def test_bounds_hold_after_any_number_of_iterations(seed, rows, constraints, ite
 
 
 def test_the_relaxation_is_close_on_gram_matrices_and_the_simple_bound_is_not():
-    problem = network(14)
+    problem = interacting_network(14)
     best = Interaction().solve(problem)
     assert best.status is Status.OPTIMAL
     cost, limit = local_search.binding_rows(problem)
@@ -236,7 +220,11 @@ def highs_on_the_exact_linearization(problem, seconds):
 def test_equal_to_highs_on_the_exact_linearization():
     """With a variable for each pair of choices; signs, ties and two limits occur."""
     count = 0
-    for problem in [network(8, 3), network(6, 4, 1), *(random_interacting(seed, constraints=2) for seed in range(8))]:
+    for problem in [
+        interacting_network(8, 3),
+        interacting_network(6, 4, 1),
+        *(random_interacting(seed, constraints=2) for seed in range(8)),
+    ]:
         if np.isinf(problem.loss).any() or any(c.limit[0] <= 0 for c in problem.constraints):
             continue
         objective, proven = highs_on_the_exact_linearization(problem, 60)
@@ -251,7 +239,7 @@ def test_equal_to_highs_on_the_exact_linearization():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_to_trying_a_million_picks(seed):
-    problem = network(10, 4, seed)
+    problem = interacting_network(10, 4, seed)
     best, expected = Interaction().solve(problem), Exhaustive().solve(problem)
     assert best.status is Status.OPTIMAL
     np.testing.assert_array_equal(best.pick, expected.pick)
@@ -260,7 +248,7 @@ def test_equal_to_trying_a_million_picks(seed):
 @pytest.mark.slow
 def test_never_worse_than_highs_given_a_minute():
     """Ours in 5 s, with a bound that HiGHS does not contradict."""
-    problem = network(60)
+    problem = interacting_network(60)
     best = Interaction(time_limit=5).solve(problem)
     objective, _ = highs_on_the_exact_linearization(problem, 60)
     assert problem.feasible(best.pick)
@@ -272,7 +260,7 @@ def test_never_worse_than_highs_given_a_minute():
 
 @pytest.mark.parametrize("limits", [1, 2])
 def test_a_short_time_limit_gives_a_feasible_pick(limits):
-    problem = network(60)
+    problem = interacting_network(60)
     other = Constraint("other", "", np.tile([2.0, 3, 4, 5, 1], (60, 1)), 150.0)
     problem = Problem(problem.loss, (*problem.constraints, other)[:limits], problem.interactions)
     solution = Interaction(time_limit=0.1).solve(problem)
@@ -283,7 +271,7 @@ def test_a_short_time_limit_gives_a_feasible_pick(limits):
 
 def test_local_search_alone_finds_the_optimum(monkeypatch):
     """Its answer, cut off from the proof."""
-    problem = network(14)
+    problem = interacting_network(14)
     best = Interaction().solve(problem)
     monkeypatch.setattr(interaction.BranchAndBound, "run", lambda self: False)
     found = Interaction(restarts=50).solve(problem)
@@ -294,7 +282,7 @@ def test_local_search_alone_finds_the_optimum(monkeypatch):
 
 def test_prices_are_those_of_changing_one_group_at_a_time():
     """Of the separable problem with the interactions that each choice has with the answer."""
-    problem = network(14)
+    problem = interacting_network(14)
     best = Interaction().solve(problem)
     pairs = problem.interactions[:, :, np.arange(14), best.pick].sum(2)
     expected = Ilp().solve(Problem(problem.loss + pairs, problem.constraints))
@@ -306,7 +294,7 @@ def test_prices_are_those_of_changing_one_group_at_a_time():
 
 
 def test_several_constraints_are_met_and_proven():
-    problem = network(10)
+    problem = interacting_network(10)
     rng = np.random.default_rng(1)
     latency = np.sort(rng.random((10, 5, 2)), axis=1)
     limits = latency.min(1).sum(0) + 0.3
@@ -325,7 +313,7 @@ def test_several_constraints_are_met_and_proven():
 def test_work_that_ends_early_is_not_called_optimal(monkeypatch):
     """And is reproducible, pick and bound."""
     monkeypatch.setattr(interaction, "_CUBES", 2e7)
-    problem = network(16, rank=1)
+    problem = interacting_network(16, rank=1)
     a, b = (Interaction(restarts=5).solve(problem) for _ in range(2))
     assert a.status is Status.FEASIBLE
     assert 0 < a.bound < a.objective
@@ -339,7 +327,7 @@ def test_work_that_ends_early_is_not_called_optimal(monkeypatch):
 
 
 def test_seeds_differ_only_in_the_kicks():
-    problem = network(22)
+    problem = interacting_network(22)
     a, b = Interaction(seed=0).solve(problem), Interaction(seed=1).solve(problem)
     assert a.status is b.status is Status.OPTIMAL
     np.testing.assert_array_equal(a.pick, b.pick)
@@ -348,7 +336,7 @@ def test_seeds_differ_only_in_the_kicks():
 @pytest.mark.parametrize(("G", "S"), [(300, 5), (90, 5)])
 def test_time_limit_is_kept(G, S):
     """With 300 groups the relaxation is not begun; with 90 it is cut short."""
-    problem = network(G, S)
+    problem = interacting_network(G, S)
     separable = Knapsack().solve(Problem(problem.loss, problem.constraints)).pick
     started = time.perf_counter()
     solution = Interaction(time_limit=1.5).solve(problem)
@@ -363,7 +351,7 @@ def test_time_limit_is_kept(G, S):
 
 @pytest.mark.parametrize("pairs", [None, np.zeros((12, 5, 12, 5))])
 def test_without_interactions_the_separable_solvers_answer(pairs):
-    problem = network(12)
+    problem = interacting_network(12)
     one = Problem(problem.loss, problem.constraints, pairs)
     assert Interaction().solve(one).solver == "knapsack"
     assert Interaction().solve(one).objective == Knapsack().solve(Problem(problem.loss, problem.constraints)).objective
@@ -373,7 +361,7 @@ def test_without_interactions_the_separable_solvers_answer(pairs):
 
 
 def test_other_solvers_refuse_interactions():
-    problem = network(4)
+    problem = interacting_network(4)
     for solver in (Knapsack(), Ilp()):
         with pytest.raises(MpqError, match="use the interaction solver"):
             solver.solve(problem)
@@ -391,7 +379,7 @@ def test_infeasible_says_what_is_reachable():
 
 
 def test_interactions_symmetric_but_for_rounding_are_taken():
-    problem = network(8)
+    problem = interacting_network(8)
     skew = problem.interactions * (1 + 1e-10 * np.random.default_rng(0).standard_normal(problem.interactions.shape))
     solution = Interaction().solve(Problem(problem.loss, problem.constraints, skew))
     np.testing.assert_array_equal(solution.pick, Interaction().solve(problem).pick)

@@ -10,7 +10,7 @@ import mpq
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem
 from mpq.search import Choices, Cqap, Evaluations, Linas, Nsga2, RandomSearch
-from mpq.search.feasible import FeasiblePicks, roomiest
+from mpq.search.feasible import FeasiblePicks
 from mpq.search.genetic import with_shares
 from mpq.search.linas import front_first, most_volume
 from mpq.search.predictor import LossPredictor
@@ -39,7 +39,7 @@ def losses_of(measure, picks):
 
 
 def some(problem, count, crowding=1.0, seed=0):
-    feasible = FeasiblePicks(problem, roomiest(problem))
+    feasible = FeasiblePicks(problem)
     return training_picks(feasible, count, np.random.default_rng(seed), crowding)
 
 

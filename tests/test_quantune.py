@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from mpq.errors import MpqError
-from mpq.problem import Constraint, Problem
+from mpq.problem import Constraint, PairCosts, Problem
 from mpq.search import Choices, EarlierStudy, Evaluations, Ledger, Quantune, RandomSearch
 from mpq.search.quantune import Trees
 from mpq.testing_search import SearchContract, network_like_problem
@@ -141,6 +141,13 @@ def test_choices_next_to_schemes():
         assert problem.objective(whole) == pytest.approx(base.objective(pick), rel=1e-12)
         assert problem.feasible(whole) == base.feasible(pick)
         np.testing.assert_array_equal(problem.usage(whole)["size"], base.usage(pick)["size"])
+
+
+def test_choices_next_to_schemes_whose_neighbours_cost():
+    pairs = PairCosts(np.array([[0, 1]]), np.array([[[0.0, 3.0], [5.0, 0.0]]]))
+    base = Problem(np.zeros((2, 2)), (Constraint("latency", "s", np.ones((2, 2)), 4.0, pairs),))
+    problem = Choices({"samples": (1, 2, 3)}).problem(base)
+    assert [problem.usage([a, b, 2])["latency"] for a, b in ((0, 0), (0, 1), (1, 0))] == [2, 5, 7]
 
 
 def test_choices_say_what_a_pick_means():

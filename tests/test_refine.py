@@ -70,6 +70,33 @@ def test_all_losses_infinite():
     assert "no feasible pick with a finite loss" in found.message
 
 
+def test_ends_when_the_expected_gain_is_below_the_noise():
+    """A measurement that tells its noise ends the search sooner, but not before the handful."""
+    problem, true = network_like_problem(1)
+
+    class Noisy:
+        def __init__(self, error):
+            self.error = error
+
+        def __call__(self, pick):
+            return true(pick)
+
+        def noise(self, one, other):
+            assert true(one) <= true(other)
+            return self.error * true(one)
+
+    def run(measure, **settings):
+        return Refine(**settings).search(problem, Evaluations(measure, limit=40))
+
+    plain, exact, noisy = run(true), run(Noisy(0.0)), run(Noisy(0.5))
+    assert plain.message == exact.message
+    assert plain.evaluations == exact.evaluations > noisy.evaluations == 8
+    assert "less than the noise of 50.00%" in noisy.message
+    assert run(Noisy(0.5), handful=9).evaluations == 9
+    with pytest.warns(UserWarning, match="ended early: a measurement failed"):
+        assert run(Noisy(None)).evaluations == 8
+
+
 def test_evaluations_of_one_budget_serve_the_next():
     problem, measure = network_like_problem(3)
     (size,) = problem.constraints

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mpq.errors import MpqError
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Exhaustive, Ilp, Knapsack, auto_solver, convex_frontier, exact_frontier
-from mpq.testing import SolverContract, random_problem
+from mpq.testing import SolverContract, feasible_picks, random_problem, separable_network
 
 
 class TestKnapsack(SolverContract):
@@ -30,11 +30,16 @@ class TestIlpSeveralConstraints(SolverContract):
 
 
 class TestExhaustive(SolverContract):
+    """Held to trying one pick after the other."""
+
     rows, constraints = 2, 2
 
     @pytest.fixture
     def solver(self):
         return Exhaustive()
+
+    def least(self, problem):
+        return feasible_picks(problem)[1].min(initial=np.inf)
 
 
 def test_knapsack_agrees_with_exhaustive_on_500_instances():
@@ -68,11 +73,7 @@ def test_cut_short_knapsack_is_feasible_with_a_valid_bound(seed, states):
 
 
 def test_large_problem_is_proven_optimal_against_the_ilp():
-    rng = np.random.default_rng(0)
-    G, bits = 300, np.array([2, 3, 4, 6, 8.0])
-    loss = rng.lognormal(0, 2, (G, 1)) * 4.0**-bits * rng.uniform(0.7, 1.3, (G, 5))
-    cost = np.round(rng.lognormal(8, 1, (G, 1))) * bits
-    problem = Problem(loss, (Constraint("size", "bits", cost, cost[:, 0].sum() * 2),))
+    problem = separable_network(300)
     knapsack, ilp = Knapsack().solve(problem), Ilp().solve(problem)
     assert knapsack.status is ilp.status is Status.OPTIMAL
     assert knapsack.gap == 0
@@ -184,31 +185,6 @@ def test_constraints_must_fit():
         Problem(np.ones((2, 3)), (Constraint("c", "", np.ones((2, 2)), 1.0),))
     with pytest.raises(MpqError, match="finite"):
         Constraint("c", "", np.full((2, 2), np.nan), 1.0)
-
-
-def brute_frontier(loss, cost):
-    """All (cost, loss) pairs that no other pick dominates."""
-    picks = np.concatenate(list(Exhaustive().all_picks(Problem(loss))))
-    rows = np.arange(len(loss))
-    points = sorted({(round(cost[rows, p].sum(), 9), round(loss[rows, p].sum(), 9)) for p in picks})
-    kept, best = [], np.inf
-    for c, x in points:
-        if x < best:
-            kept.append((c, x))
-            best = x
-    return np.array(kept)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.booleans())
-def test_exact_frontier_equals_brute_force(seed, ties):
-    problem = random_problem(np.random.default_rng(seed), ties=ties)
-    loss = np.where(problem.allowed, problem.loss, 1e3)
-    cost = problem.constraints[0].cost[..., 0]
-    found = exact_frontier(loss, cost)
-    np.testing.assert_allclose(np.c_[found.cost, found.loss], brute_frontier(loss, cost), atol=1e-8)
-    rows = np.arange(len(loss))
-    np.testing.assert_allclose(cost[rows, found.picks].sum(1), found.cost, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,10 +4,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import mpq
+from mpq.analysis import Analysis
 from mpq.errors import BudgetError, MpqError, UnreachableError
-from mpq.search import Genetic, OptunaSearch
+from mpq.search import SEARCHES, Genetic, OptunaSearch, Refine
+from mpq.studies import measure_of
 from mpq.testing import tiny_network
 
 
@@ -44,6 +47,33 @@ def test_search_with_an_evaluator(measured, tmp_path):
     json.loads(study.config.to_json())
 
 
+def test_noise_is_the_standard_error_of_a_difference_over_batches(measured, tmp_path):
+    analysis, evaluator, _ = measured
+    picks = np.array([[0] * len(analysis.space.groups), [1] * len(analysis.space.groups)])
+    measure = measure_of(analysis, evaluator, False)
+    batches = [np.diff([6 * 0.0, *((i + 1) * x for i, x in enumerate(measure.in_parts(pick)))]) for pick in picks]
+    differences = batches[0] - batches[1]
+    assert len(differences) == 6
+    wanted = differences.std(ddof=1) / np.sqrt(6)
+    assert measure.noise(*picks) == pytest.approx(wanted, rel=1e-9)
+    assert measure_of(analysis, evaluator, False).noise(*picks) == pytest.approx(wanted, rel=1e-9)
+    assert measure.noise(picks[0], picks[0]) == 0
+    alone = batches[0].std(ddof=1) / np.sqrt(6)
+    assert measure.noise(picks[1], picks[1]) < wanted < 2 * alone
+
+
+def test_refine_ends_below_the_noise_of_the_evaluator(measured):
+    """Twenty samples a batch: the best picks can't be told apart better than by some per cent."""
+    analysis, evaluator, _ = measured
+
+    def run(evaluate):
+        return analysis.search(evaluate, "avg_bits<=3", Refine(handful=3), evaluations=20, progress=False).solution
+
+    noisy, blind = run(evaluator), run(lambda config: evaluator.measure(config).kl)
+    assert "less than the noise of" in noisy.message
+    assert noisy.evaluations < blind.evaluations
+
+
 def test_the_ledger_knows_data_and_quantity(measured, tmp_path):
     analysis, evaluator, other = measured
     options = {"progress": False, "ledger": tmp_path / "ledger.db", "evaluations": 2}
@@ -74,6 +104,26 @@ def test_search_with_a_function_and_another_method(measured):
         analysis.search(loss, "size<=20%", seconds=-1, progress=False)
 
 
+def test_the_documentation_names_every_method_and_what_needs_an_extra():
+    core, extra = Analysis.search.__doc__.split("method:")[1].split("or a search")[0].split("with the extra")
+    for name, search in SEARCHES.items():
+        assert f"``{name}``" in (extra if search.needs else core)
+
+
+def test_the_bar_is_closed_when_a_measurement_fails(measured, monkeypatch):
+    bar = tqdm(disable=True)
+    closed = []
+    monkeypatch.setattr(bar, "close", lambda: closed.append(True))
+    monkeypatch.setattr("mpq.studies.open_bar", lambda *_: bar)
+
+    def fail(config):
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        measured[0].search(fail, "size<=20%")
+    assert closed == [True]
+
+
 def test_pruned_by_early_batches(measured):
     """Optuna drops bad configs after the first batches; their partial losses are no evaluations."""
     analysis, evaluator, _ = measured
@@ -81,6 +131,13 @@ def test_pruned_by_early_batches(measured):
     trace = study.solution.trace
     assert 5 <= len(trace) < 20
     assert trace.losses[-1] == evaluator.measure(analysis.config(trace.picks[-1])).kl
+
+
+def test_accuracy_budget_takes_no_method(measured):
+    analysis, evaluator, _ = measured
+    for method, match in (("magic", "unknown search"), ("genetic", r"accuracy_drop<=2% .* leave out method='genetic'")):
+        with pytest.raises(MpqError, match=match):
+            analysis.search(evaluator, "accuracy_drop<=2%", method, progress=False)
 
 
 def test_accuracy_budget_returns_its_trace(measured):
