@@ -21,12 +21,12 @@ import torch
 from mpq.bank import QuantizerBank
 from mpq.bundled import load_example
 from mpq.calibration import Calibration
+from mpq.comparison import rank_correlation
 from mpq.cost_models import find_device
 from mpq.losses import KLLoss
 from mpq.sensitivity import influence
 from mpq.sensitivity.perturbation import float_recording, names_of, perturbation, quantized, rise_meter
 from mpq.sensitivity.prefix import Recording
-from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, make_space
 from mpq.trace import trace
 from mpq.view import ModelView, preserved_state
@@ -72,18 +72,6 @@ def measure_pairs(
     return losses, alone / len(pairs), added / len(pairs)
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Position of each value in sorted order."""
-    return np.argsort(np.argsort(values))
-
-
-def rank_correlation(table: SensitivityTable, pairs: list[tuple[int, int, int, int]], measured: np.ndarray) -> float:
-    """Spearman's correlation of a table's interactions with measured ones."""
-    assert table.interactions is not None
-    predicted = np.array([table.interactions[pair] for pair in pairs])
-    return float(np.corrcoef(ranks(predicted), ranks(measured))[0, 1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer images and pairs")
@@ -117,7 +105,8 @@ def main() -> None:
     measured = losses - np.array([singles.loss[g, s] + singles.loss[h, t] for g, s, h, t in pairs])
     slow = choices * alone + total * added
     stated, needed = float(table.provenance["forward_passes"]), 1 + choices + total
-    correlation = rank_correlation(table, pairs, measured)
+    assert table.interactions is not None
+    correlation = float(rank_correlation(np.array([table.interactions[pair] for pair in pairs]), measured))
     print(f"{G} groups, {S} schemes, {data.num_samples} images; one forward pass: {one_pass:.3f} CPU s")
     print(f"{'':<34}{'forward passes':>16}{'CPU s':>10}")
     print(f"{'influence, all pairs':<34}{stated:>16.1f}{fast:>10.2f}")

@@ -28,8 +28,9 @@ from mpq.layers import LayerGraph
 from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers.formats import Scheme, parse_schemes
 from mpq.search import Solver
-from mpq.sensitivity import ESTIMATORS, Estimator, SensitivityTable
+from mpq.sensitivity import Estimator, SensitivityTable
 from mpq.sensitivity.gate import check
+from mpq.sensitivity.options import find_estimator
 from mpq.sensitivity.storing import open_store, stored
 from mpq.space import SearchSpace, layer_scheme, make_space
 from mpq.studies import search
@@ -89,9 +90,7 @@ def analyze(
     Raises:
         MpqError: With a message that names the layer, batch or option at fault, before any long work.
     """
-    if isinstance(estimator, str) and estimator not in ESTIMATORS:
-        raise MpqError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
-    estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    estimate = find_estimator(estimator, estimator_options or {})
     found_device, parsed = find_device(device), parse_schemes(schemes)
     groups = list(groups)
     with preserved_state(seed):

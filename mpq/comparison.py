@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
+from mpq.config import BitConfig, Measured
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
@@ -181,13 +182,16 @@ def compare(
     """
     from mpq.allocation import analyze
     from mpq.evaluation import Evaluator
+    from mpq.space import make_space
 
     chosen = _read_estimators(estimators)
     _check_numbers(configs, loss_range, confidence)
     batches = _keep(model, calib, seed, **{k: options[k] for k in ("max_samples", "forward") if k in options})
-    forward = options.get("forward")
-    evaluator = Evaluator(model, eval_data, forward=forward, progress=progress)
-    first = Evaluator(model, [evaluator._batches[0].raw], forward=forward, progress=False)
+    evaluator = Evaluator(model, eval_data, forward=options.get("forward"), progress=progress)
+
+    def glance(config: BitConfig) -> Measured:
+        with closing(evaluator.measure_in_parts(config)) as parts:
+            return next(parts)
 
     analyses, seconds = {}, {}
     for label, (estimator, own) in chosen.items():
@@ -205,8 +209,11 @@ def compare(
         seconds[label] = time.process_time() - start
 
     analysis = next(iter(analyses.values()))
+    # Not the analysis's own space: what its estimator could not score is narrowed there, and others could.
+    narrowed, given = analysis.space, analysis.provenance
+    space = make_space(narrowed.graph, given["schemes"], **given["constraints"], device=narrowed.device)
     rng = np.random.default_rng(seed)
-    drawing = RandomConfigs(analysis, evaluator.measure, first.measure, configs, loss_range, rng)
+    drawing = RandomConfigs(replace(analysis, space=space), evaluator.measure, glance, configs, loss_range, rng)
     found = list(progress_bar(drawing, "configs", progress, configs))
     drawing.report(len(found))
     picks = np.array([pick for pick, _ in found])
@@ -286,9 +293,10 @@ def _read_estimators(
     """Label -> (estimator, its options).
 
     Raises:
-        MpqError: If there is none, or a name or an option is unknown.
+        MpqError: If there is none, or a name or an option is unknown or wrong.
     """
     from mpq.sensitivity import ESTIMATORS
+    from mpq.sensitivity.options import find_estimator
 
     if isinstance(estimators, str):
         estimators = (estimators,)
@@ -298,14 +306,7 @@ def _read_estimators(
     chosen: dict[str, tuple[str | Estimator, dict[str, Any]]] = {}
     for label, choice in named.items():
         estimator, own = choice if isinstance(choice, tuple) else (choice, {})
-        function = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
-        if not callable(function):
-            raise MpqError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
-        parameters = inspect.signature(function).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        unknown = [] if open_ended else sorted(set(own) - set(parameters))
-        if unknown:
-            raise MpqError(f"estimator {label!r} has no option {unknown[0]!r}")
+        find_estimator(estimator, own, str(label))
         chosen[str(label)] = (estimator, dict(own))
     return chosen
 

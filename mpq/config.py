@@ -153,6 +153,18 @@ class BitConfig(Mapping[str, LayerChoice]):
         """Stored bits per weight over the searched layers, scales and zero points included."""
         return float(self.metrics["stored_bits"]["value"])
 
+    @property
+    def findings(self) -> str:
+        """What the sanity gate (`mpq.sensitivity.gate`) found, in one line; empty if nothing."""
+        named: dict[str, list[str]] = {}
+        for f in self.provenance.get("findings", ()):
+            named.setdefault(f"{f['kind']} ({f['action']})", []).append(f["group"])
+        parts = [
+            f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            for what, names in named.items()
+        ]
+        return f"sanity gate: {'; '.join(parts)}" if parts else ""
+
     def with_measured(self, measured: Measured) -> BitConfig:
         """The same config with measured figures."""
         return replace(self, measured=measured)
@@ -238,7 +250,7 @@ class BitConfig(Mapping[str, LayerChoice]):
         )
 
     def summary(self) -> str:
-        """A few lines: size, bits, predicted and measured loss, certificate."""
+        """A few lines: size, bits, predicted and measured loss, certificate, and what the sanity gate found."""
         size = self.metrics["size"]
         lines = [
             f"{len(self)} layers, {si(size['value'], 'B')} ({size['value'] / size['float']:.1%} of float), "
@@ -260,6 +272,8 @@ class BitConfig(Mapping[str, LayerChoice]):
             f"{self.solver['name']}: {self.solver['status']}{made_for}"
             + (f", gap {gap:.2g}" if gap is not None else "")
         )
+        if self.findings:
+            lines.append(self.findings)
         return "\n".join(lines)
 
     def __repr__(self) -> str:

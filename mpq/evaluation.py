@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,7 +189,7 @@ class Evaluator:
         *_, measured = self.measure_in_parts(config, strict=strict)
         return measured
 
-    def measure_in_parts(self, config: BitConfig, *, strict: bool = True) -> Iterator[Measured]:
+    def measure_in_parts(self, config: BitConfig, *, strict: bool = True) -> Generator[Measured, None, None]:
         """Measure a config on the first batch, on the first two, and so on; stop early by not asking on.
 
         Args:

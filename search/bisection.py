@@ -22,12 +22,14 @@ _DISTANCES = (0.01, 0.03, 0.1, 0.3)  # of the checks below the answer, in shares
 
 @dataclass(frozen=True)
 class Bisection:
-    """Least cost under a limit of what is measured, such as a drop of accuracy (Augmenting Hessians, 2023).
+    """Least cost under a limit of what is measured, such as a drop of accuracy.
 
-    The candidates are the picks of the least predicted loss, interactions included, under each limit of the cost: a
-    path along which sensitivity orders all choices. The interval between a cost that fails and one that passes is
-    narrowed, by interpolation where that helps. Nothing makes the measured loss monotone along the path, so some
-    cheaper picks are measured, too, also where the dearest fails; if one passes, the search goes on below it.
+    Schaefer et al. (2023, arXiv:2306.04879) bisect over a list of layers in the order of their sensitivity
+    (`mpq.sensitivity.augmented_order`). Here the candidates are the picks of the least predicted loss, interactions
+    included, under each limit of the cost, so that any number of schemes and any costs have their place. The interval
+    between a cost that fails and one that passes is narrowed, by interpolation where that helps. Nothing makes the
+    measured loss monotone along the path, so some cheaper picks are measured, too, also where the dearest fails; if one
+    passes, the search goes on below it.
 
     Attributes:
         limit: Largest measured loss that passes.

@@ -25,6 +25,7 @@ from mpq.sensitivity.saliency import (
 from mpq.sensitivity.squared_gradient import squared_gradient
 from mpq.sensitivity.table import SensitivityTable
 from mpq.sensitivity.top_eigenvalue import hawq_order, top_eigenvalue
+from mpq.sensitivity.weight_importance import weight_importance
 from mpq.sensitivity.weight_only import weight_sqnr, zd
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "perturbation": perturbation,
     "noise": noise,
     "gradient_saliency": gradient_saliency,
+    "weight_importance": weight_importance,
     "activation_saliency": activation_saliency,
     "output_channel_salience": output_channel_salience,
     "outlier_share": outlier_share,
@@ -81,6 +83,7 @@ __all__ = [
     "smallest_precision",
     "squared_gradient",
     "top_eigenvalue",
+    "weight_importance",
     "weight_sqnr",
     "zd",
 ]

@@ -8,10 +8,10 @@ do to each other when errors are large.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,18 @@ from mpq.calibration import Calibration
 from mpq.losses import OutputLoss
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
-from mpq.sensitivity.anchors import candidates, solved, unlike
+from mpq.sensitivity.anchors import candidates, fewest_bits, solved, unlike
 from mpq.sensitivity.influence import influence
 from mpq.sensitivity.perturbation import quantized
 from mpq.sensitivity.recalibration import Recalibration, Recalibrator
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.store import ScoreStore
-from mpq.trees import map_tensors
+from mpq.trees import map_tensors, tensors_in
 from mpq.view import ModelView
 
 _ROUNDS, _SEARCHED = 4, 0.5
+_ROUNDING = 1e-6  # of the loss predicted for the fewest bits: a rise below is none
 
 
 def anchored(
@@ -94,7 +95,7 @@ def anchored(
         "coupling": fit.coupling,
         "ceiling": fit.ceiling,
         "forward_passes": round(
-            float(table.provenance["forward_passes"]) + (1 + len(picks)) * truth.samples / data.num_samples, 2
+            float(table.provenance["forward_passes"]) + truth.runs * truth.samples / data.num_samples, 2
         ),
     }
     return replace(fitted, provenance=provenance)
@@ -110,7 +111,8 @@ def _anchors(
 ) -> tuple[Ints, Floats, Recalibration]:
     """Measured configs ``[K, G]``, their losses ``[K]``, and the fit to them."""
     assert table.interactions is not None
-    model = Recalibrator(table.loss, table.interactions, truth.ceiling, _shared(space))
+    ceiling = truth.ceiling(table)
+    model = Recalibrator(table.loss, table.interactions, ceiling, _shared(space))
     picks, losses = np.zeros((0, len(space.groups)), np.int64), np.zeros(0)
 
     def fit() -> Recalibration:
@@ -120,12 +122,12 @@ def _anchors(
     def chosen() -> Iterator[Ints]:
         # Half of them tell most about all others. The rest come in rounds: what a search would return with the fit so
         # far is measured, because a search finds the very configs whose losses are predicted too low.
-        pool = candidates(table, space, truth.ceiling, generator)
+        pool = candidates(table, space, ceiling, generator)
         yield from pool[model.informative(pool, anchors - int(anchors * _SEARCHED))]
         for left in range(_ROUNDS, 0, -1):
             fitted = _corrected(table, fit())
             count = -(-(anchors - len(picks)) // left)
-            yield from unlike(fitted, solved(fitted, space, truth.ceiling), picks, count, truth.ceiling)
+            yield from unlike(fitted, solved(fitted, space, ceiling), picks, count, ceiling)
 
     for pick in progress_bar(chosen(), "anchors", progress, anchors):
         losses = np.append(losses, truth.rise(pick))
@@ -161,7 +163,7 @@ class _Truth:
 
     Attributes:
         samples: How many samples are measured.
-        ceiling: Rise of the loss if the output were the same for all samples.
+        runs: Passes over them.
     """
 
     def __init__(
@@ -180,17 +182,30 @@ class _Truth:
         self.samples = sum(b.size for b in self._batches)
         with torch.no_grad():
             self._references = [view(b) for b in self._batches]
-        constant = [
-            map_tensors(partial(_without_differences, samples=b.size), r)
-            for r, b in zip(self._references, self._batches, strict=True)
-        ]
         self._float = self._mean(self._references)
-        self.ceiling = max(self._mean(constant) - self._float, 1e-12)
+        self.runs = 1
         content = [b.content_hash for b in self._batches]
         self._store = None if store is None else store.within(kind="anchor", batches=content)
 
+    def ceiling(self, table: SensitivityTable) -> float:
+        """About the loss of a network that is destroyed: its rise if the output were the same for all samples.
+
+        Where that is no rise (one sample, or outputs of different shapes in batches of one), the lowest schemes tell:
+        as measured, else as predicted.
+        """
+        lowest = fewest_bits(self._space)
+        predicted = table.predict(lowest)
+
+        def rises() -> Iterator[float]:
+            yield self._mean(constant_outputs(self._references, [b.size for b in self._batches])) - self._float
+            yield self.rise(lowest)
+            yield predicted
+
+        return next((r for r in rises() if _ROUNDING * predicted < r < math.inf), 1.0)
+
     def rise(self, pick: Ints) -> float:
         """How much a config raises the loss."""
+        self.runs += 1
         choices = [(g, self._space.schemes[s]) for g, s in zip(self._space.groups, pick, strict=True)]
         layers = [(x, layer_scheme(x, s)) for g, s in choices for x in g.layers]
         about = {"config": [[x.name, str(s), self._bank.range(x, s.activation)] for x, s in layers]}
@@ -208,6 +223,21 @@ class _Truth:
         return sum(float(self._loss.value(o, r, b).double().sum()) for o, r, b in pairs) / self.samples
 
 
-def _without_differences(t: Tensor, samples: int) -> Tensor:
-    """Every sample's output replaced by their mean."""
-    return t.mean(0, keepdim=True).expand_as(t) if t.is_floating_point() and t.dim() and len(t) == samples else t
+def constant_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+    """Every sample's output replaced by the mean over all batches; over its own batch where their shapes differ.
+
+    Args:
+        outputs: Of each batch.
+        sizes: Samples in each batch.
+    """
+    constant: dict[int, Tensor] = {}
+    for parts in zip(*map(tensors_in, outputs), strict=False):
+        if not all(t.is_floating_point() and t.dim() and len(t) == n for t, n in zip(parts, sizes, strict=True)):
+            continue
+        means = [t.mean(0) for t in parts]
+        if len({m.shape for m in means}) == 1:
+            shares = [n / sum(sizes) for n in sizes]
+            joint = torch.stack([m * share for m, share in zip(means, shares, strict=True)]).sum(0)
+            means = [joint] * len(parts)
+        constant |= {id(t): m.expand_as(t) for t, m in zip(parts, means, strict=True)}
+    return [map_tensors(lambda t: constant.get(id(t), t), output) for output in outputs]

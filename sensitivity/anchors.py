@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpq.layers import LayerSpec
 from mpq.problem import Floats, Ints
+from mpq.quantizers.formats import Scheme
 from mpq.sensitivity.table import SensitivityTable
-from mpq.space import SearchSpace
+from mpq.space import SearchSpace, layer_scheme
 
 _CANDIDATES = 300  # of each kind
 _UNIFORM = 200
 _SPREAD = 200  # candidates left, evenly spread over the losses
-_PRICES = np.logspace(-4, 2, 49)  # of all weights' bits together, in ceilings
+_PRICES = np.logspace(-4, 2, 49)  # of all bits together, in ceilings
 _SMALLEST, _LARGEST = 1e-3, 3.0  # predicted losses that are worth measuring, in ceilings
 _SWEEPS = 10
 
@@ -19,7 +21,7 @@ _SWEEPS = 10
 def candidates(table: SensitivityTable, space: SearchSpace, ceiling: float, generator: np.random.Generator) -> Ints:
     """Configs ``[C, G]`` whose predicted losses spread from nearly none to a destroyed network.
 
-    Half of them minimise the loss plus a price on stored weight bits, with prices from low to high and losses shaken by
+    Half of them minimise the loss plus a price on bits, with prices from low to high and losses shaken by
     a factor of about e. The others draw each group's scheme from a random distribution over schemes.
 
     Args:
@@ -52,7 +54,7 @@ def candidates(table: SensitivityTable, space: SearchSpace, ceiling: float, gene
 
 
 def solved(table: SensitivityTable, space: SearchSpace, ceiling: float) -> Ints:
-    """Configs ``[C, G]`` that minimise the predicted loss plus a price on stored weight bits, found by descent."""
+    """Configs ``[C, G]`` that minimise the predicted loss plus a price on bits, found by descent."""
     bits, pick = _bits(space), np.where(space.allowed, table.loss, np.inf).argmin(1)
     found = []
     for price in _PRICES:
@@ -69,10 +71,33 @@ def unlike(table: SensitivityTable, picks: Ints, taken: Ints, count: int, ceilin
     return fresh[_spread(table.predict_all(fresh), ceiling, count)] if len(fresh) else fresh
 
 
+def fewest_bits(space: SearchSpace) -> Ints:
+    """Each group's allowed scheme of the fewest bits ``[G]``."""
+    found: Ints = np.where(space.allowed, _bits(space), np.inf).argmin(1)
+    return found
+
+
 def _bits(space: SearchSpace) -> Floats:
-    """Stored bits of each choice, as a share of the most that all groups can take ``[G, S]``."""
-    bits = np.array([[s.weight.bits * g.parameters for s in space.schemes] for g in space.groups], np.float64)
-    share: Floats = bits / bits.max(1).sum()
+    """Weight bits of each choice, as a share of the most that all groups can take ``[G, S]``.
+
+    Where schemes differ in their activations, too, the share of the activations' bits, weighed by MACs, is added.
+    """
+    share = _share([[s.weight.bits * g.parameters for s in space.schemes] for g in space.groups])
+    if len({s.activation for s in space.schemes}) > 1:
+        share += _share(
+            [[sum(_activation_bits(x, s) * x.macs for x in g.layers) for s in space.schemes] for g in space.groups]
+        )
+    return share
+
+
+def _activation_bits(layer: LayerSpec, scheme: Scheme) -> float:
+    activation = layer_scheme(layer, scheme).activation
+    return layer.element_bits if activation is None else activation.bits
+
+
+def _share(bits: list[list[float]]) -> Floats:
+    found = np.array(bits, np.float64)
+    share: Floats = found / (found.max(1).sum() or 1.0)
     return share
 
 

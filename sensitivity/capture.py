@@ -35,6 +35,8 @@ InputReader = Callable[[LayerSpec, Tensor, Tensor], Tensor]
 # (layer, inputs, gradients of its outputs) -> numbers [K]
 OutputReader = Callable[[LayerSpec, Inputs, Sequence[Tensor | None]], Tensor]
 
+_ROUNDING = 1e-6  # of the largest loss: what is closer to zero is rounding
+
 
 def gradient_sums(
     view: ModelView,
@@ -285,6 +287,21 @@ def over_draws(sums: Floats, data: Calibration) -> tuple[Floats, Floats]:
         return mean, np.full_like(mean, np.nan)
     spread: Floats = np.sqrt(sums.var(0, ddof=1).sum(0) / draws) / data.num_samples
     return mean, spread
+
+
+def cut_below_zero(space: SearchSpace, losses: Floats) -> tuple[Floats, dict[str, dict[str, float]]]:
+    """Measured losses ``[G, S]`` without those below zero, and which ones these were: group -> scheme -> loss.
+
+    The second belongs into the provenance as ``negative_losses``, where the sanity gate looks for it. Rounding is left
+    out of it.
+    """
+    below = losses < -_ROUNDING * np.abs(losses).max()
+    negative = {
+        group.name: {str(space.schemes[s]): float(losses[g, s]) for s in np.flatnonzero(below[g])}
+        for g, group in enumerate(space.groups)
+        if below[g].any()
+    }
+    return np.maximum(losses, 0), negative
 
 
 def table_of(

@@ -17,9 +17,11 @@ kind of finding:
 ``not_monotone``    More bits with a higher loss than fewer, beyond noise: kept as measured. Coarse formats can be
                     luckier, and smoothing would hide a real effect. Where a standard error is NaN, the noise is unknown
                     and nothing is said.
-``zero_gradient``   All losses exactly zero although some scheme rounds, or no gradient reaches a layer: kept. The
-                    layer may truly be unused (`mpq.sensitivity.rows.check_reached` refuses one that changes the output
-                    without a gradient), so that it gets the fewest bits.
+``below_zero``      The estimator says that it cut measured losses below zero to zero: kept. Quantizing may help a loss
+                    of the user's own, by luck or truly; within noise, zero is the best guess. It gets no reward for it.
+``zero_gradient``   All losses exactly zero although some scheme rounds: kept. The layer may truly be unused
+                    (`mpq.sensitivity.rows.check_reached` refuses one that changes the output without a gradient), so
+                    that it gets the fewest bits.
 ``never_ran``       A layer that no calibration sample reached when the model was traced, such as an unrouted expert: it
                     has no scores, is not searched and stays float.
 ==================  ==================================================================================================
@@ -36,7 +38,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -65,7 +67,8 @@ class Finding:
 
     Attributes:
         group: Name of the group; of the layer for ``never_ran``.
-        kind: ``not_finite``, ``negative``, ``negative_trace``, ``not_monotone``, ``zero_gradient`` or ``never_ran``.
+        kind: ``not_finite``, ``negative``, ``negative_trace``, ``not_monotone``, ``below_zero``,
+            ``zero_gradient`` or ``never_ran``.
         message: What was seen.
         action: What is done about it.
     """
@@ -113,33 +116,37 @@ class Gate:
         return "\n".join(lines)
 
     def warn(self, stacklevel: int = 3) -> None:
-        """Warn once if a group was quarantined.
+        """Warn once of groups that were quarantined, and once of all other findings.
 
         Args:
             stacklevel: Whom the warning names; by default the caller of the function that calls this.
         """
-        found = [f for f in self.findings if f.quarantined]
+        found, others = ([f for f in self.findings if f.quarantined == q] for q in (True, False))
         if found:
-            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             warnings.warn(
                 f"{len(self.quarantined)} of {len(self.space.groups)} groups have scores that can't be used and are "
-                f"not searched: {'; '.join(map(str, found[:_SHOWN]))}{more}. Skip or pin them, or try more data or "
-                "another estimator",
+                f"not searched: {_listed(found)}. Skip or pin them, or try more data or another estimator",
                 stacklevel=stacklevel,
             )
+        if others:
+            warnings.warn(f"looks wrong, but is kept: {_listed(others)}", stacklevel=stacklevel)
 
     def provenance(self) -> list[dict[str, str]]:
         """The findings as JSON holds them."""
         return [asdict(f) for f in self.findings]
 
 
-def check(table: SensitivityTable, space: SearchSpace, *, unreached: Collection[str] = ()) -> Gate:
+def _listed(findings: Sequence[Finding]) -> str:
+    more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+    return "; ".join(map(str, findings[:_SHOWN])) + more
+
+
+def check(table: SensitivityTable, space: SearchSpace) -> Gate:
     """Look for scores that would mislead a solver, and take them out.
 
     Args:
         table: Sensitivities of the groups and schemes of the space.
         space: The search space.
-        unreached: Names of layers that no gradient reached.
 
     Raises:
         MpqError: If the table does not belong to the space.
@@ -151,7 +158,8 @@ def check(table: SensitivityTable, space: SearchSpace, *, unreached: Collection[
     quarantined = np.array([g in named for g in table.groups])
     # A zero or an order of schemes means nothing where scores are broken.
     sound = np.flatnonzero(~quarantined)
-    kept = [*_not_monotone(table, space, sound), *_zero_gradient(table, space, sound, unreached), *_never_ran(space)]
+    measured = [*_not_monotone(table, space, sound), *_below_zero(table, space, sound)]
+    kept = [*measured, *_zero_gradient(table, space, sound), *_never_ran(space)]
     return Gate(_cleaned(table, quarantined), _narrowed(space, quarantined), (*unsound, *kept))
 
 
@@ -267,18 +275,22 @@ def _more_bits(a: NumberFormat | None, b: NumberFormat | None) -> bool:
     return (a.family, a.granularity, a.symmetric) == (b.family, b.granularity, b.symmetric)
 
 
-def _zero_gradient(
-    table: SensitivityTable, space: SearchSpace, groups: NDArray[np.intp], unreached: Collection[str]
-) -> Iterator[Finding]:
+def _below_zero(table: SensitivityTable, space: SearchSpace, groups: NDArray[np.intp]) -> Iterator[Finding]:
+    cut = table.provenance.get("negative_losses", {})
+    for g in groups:
+        allowed = {table.schemes[s] for s in np.flatnonzero(space.allowed[g])}
+        seen = [f"{s} ({loss:.3g})" for s, loss in cut.get(table.groups[g], {}).items() if s in allowed]
+        if seen:
+            message = f"loses less than the float model at {', '.join(seen)}"
+            yield Finding(table.groups[g], "below_zero", message, "taken as zero")
+
+
+def _zero_gradient(table: SensitivityTable, space: SearchSpace, groups: NDArray[np.intp]) -> Iterator[Finding]:
     for g in groups:
         group, allowed = space.groups[g], np.flatnonzero(space.allowed[g])
-        names = ", ".join(x.name for x in group.layers if x.name in unreached)
         rounds = any(_rounds(x, space.schemes[s]) for x in group.layers for s in allowed)
-        zero = rounds and not table.loss[g, allowed].any()
-        if len(allowed) > 1 and (zero or names):
-            seen = ["all losses are zero"] * zero + [f"no gradient reaches {names}"] * bool(names)
-            action = "free: gets the fewest bits" if zero else "kept as measured"
-            yield Finding(group.name, "zero_gradient", "; ".join(seen), action)
+        if len(allowed) > 1 and rounds and not table.loss[g, allowed].any():
+            yield Finding(group.name, "zero_gradient", "all losses are zero", "free: gets the fewest bits")
 
 
 def _rounds(layer: LayerSpec, scheme: Scheme) -> bool:

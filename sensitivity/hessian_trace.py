@@ -17,6 +17,7 @@ from mpq.problem import Floats
 from mpq.quantizers.formats import Scheme
 from mpq.sensitivity.aggregate import by_group, distinct_layers, squared_error
 from mpq.sensitivity.capture import grouped, input_power, table_of
+from mpq.sensitivity.options import check_values
 from mpq.sensitivity.probing import Estimate, Probing, estimate
 from mpq.sensitivity.table import SensitivityTable
 from mpq.sensitivity.trace_methods import Blocks, GaussNewton, Hutchinson, HutchPlusPlus, random_vectors
@@ -143,10 +144,7 @@ def _check_options(method: str, probes: int, tolerance: float | None, exact: boo
         raise MpqError(f"unknown method {method!r}; known: {', '.join(_METHODS)}")
     if exact and method != "gauss_newton":
         raise MpqError(f"exact=True sums over output classes, which method={method!r} does not have; use gauss_newton")
-    if probes < 1 or rank < 1:
-        raise MpqError(f"probes and rank must be at least 1, not {probes} and {rank}")
-    if tolerance is not None and tolerance <= 0:
-        raise MpqError(f"tolerance is a positive share of the trace, or None for all probes, not {tolerance}")
+    check_values(probes=probes, rank=rank, tolerance=tolerance)
 
 
 def _named(layers: Iterable[LayerSpec], mean: Floats, stderr: Floats) -> dict[str, dict[str, float | None]]:

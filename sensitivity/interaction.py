@@ -18,15 +18,9 @@ from mpq.losses import OutputLoss
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
-from mpq.sensitivity.capture import table_of
-from mpq.sensitivity.perturbation import (
-    check_finite,
-    float_recording,
-    mean_rise,
-    names_of,
-    quantized,
-    rise_meter,
-)
+from mpq.sensitivity.capture import cut_below_zero, table_of
+from mpq.sensitivity.options import check_values
+from mpq.sensitivity.perturbation import check_finite, float_recording, mean_rise, names_of, quantized, rise_meter
 from mpq.sensitivity.prefix import Recording
 from mpq.sensitivity.spread import standard_error
 from mpq.sensitivity.table import SensitivityTable
@@ -70,7 +64,7 @@ def measured_pairs(
 
     Returns:
         A table in the unit of ``loss`` whose prediction of every pair is what was measured (without ``psd``). Losses
-        are zero where the loss fell; standard errors as those of `perturbation`.
+        are zero where the loss fell (``provenance["negative_losses"]``); standard errors as those of `perturbation`.
 
     Raises:
         DataError: If a measured loss is NaN or infinite.
@@ -85,14 +79,16 @@ def measured_pairs(
     for (number, g, s), (single, others) in bar:
         rows[number][:, g, s] = single
         pairs[g, s] += others / data.num_samples
-    losses, stderr = mean_rise(rows, all(by_sample))
+    mean, stderr = mean_rise(rows, all(by_sample))
+    losses, negative = cut_below_zero(space, mean)
     known = _later_pairs(space)
     above = np.where(known, pairs - losses[..., None, None] - losses, 0.0)
     interactions = above + above.transpose(2, 3, 0, 1)
     if psd:
         losses, interactions = _semidefinite(losses, interactions)
     passes = 1 + G * S + int(known.sum())
-    table = table_of(space, losses, stderr, "measured_pairs", passes, loss=loss.name, psd=psd)
+    options = {"loss": loss.name, "psd": psd, "negative_losses": negative}
+    table = table_of(space, losses, stderr, "measured_pairs", passes, **options)
     return replace(table, interactions=interactions)
 
 
@@ -193,15 +189,14 @@ def shapley(
         progress: Show a bar.
 
     Returns:
-        A table in the unit of ``loss``, zero where a group's steps lowered the loss. Standard errors are those over
-        orders, with the data taken as given: zero if all of them were run.
+        A table in the unit of ``loss``, zero where a group's steps lowered it (``provenance["negative_losses"]``).
+        Standard errors are those over orders, with the data taken as given: zero if all of them were run.
 
     Raises:
         DataError: If a measured loss is NaN or infinite.
         MpqError: If an option is out of range or the baseline is no scheme of the space.
     """
-    if permutations < 1 or (shrinkage is not None and not 0 <= shrinkage <= 1):
-        raise MpqError(f"permutations must be at least 1 and shrinkage in 0..1, not {permutations} and {shrinkage}")
+    check_values(permutations=permutations, shrinkage=shrinkage)
     start, ends = _ladder(space, baseline)
     orders, complete = _orders(len(start), permutations, np.random.default_rng(seed))
     unquantized = (_FLOAT,) * len(start)
@@ -217,13 +212,15 @@ def shapley(
     if shrinkage is not None:
         change, interactions = _covariances(steps, shrinkage)
         losses = losses + change
+    losses, negative = cut_below_zero(space, losses)
     options = {
         "loss": loss.name,
+        "negative_losses": negative,
         "permutations": len(orders),
         "baseline": baseline or str(max(space.schemes, key=_width)),
         "shrinkage": shrinkage,
     }
-    table = table_of(space, np.maximum(losses, 0), stderr, "shapley", len(configs), **options)
+    table = table_of(space, losses, stderr, "shapley", len(configs), **options)
     return replace(table, interactions=interactions)
 
 
@@ -358,7 +355,7 @@ def dependency(table: SensitivityTable, schemes: str | Sequence[str] | None = No
 
 
 def augmented_order(table: SensitivityTable, scheme: str | None = None) -> Ints:
-    """Groups from the least to the most sensitive, each with its dependencies: the order for a bisection.
+    """Groups from the least to the most sensitive, each with what it does to the others: a ranking to read.
 
     Schaefer et al. (2023, arXiv:2306.04879) sort layers by their Hessian score augmented with what they do to each
     other, and bisect over how many from the front can have the lower scheme. The score here is ours: a group's loss
@@ -366,6 +363,8 @@ def augmented_order(table: SensitivityTable, scheme: str | None = None) -> Ints:
     by when this group stays float. For their trace score, put measured or influence's interactions into a
     ``hessian_trace`` table of the same groups and schemes:
     ``dataclasses.replace(trace, interactions=other.interactions)``.
+
+    No search here uses the list: `mpq.search.bisection` goes along the picks of the least predicted loss.
 
     Args:
         table: With interactions.

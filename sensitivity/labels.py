@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, MpqError
 from mpq.labels import IGNORED_LABEL, has_labels, scores_and_labels
 from mpq.losses import KLLoss, OutputLoss, logits_of
+from mpq.problem import Floats
 from mpq.sensitivity.capture import Objective
 
 
@@ -57,12 +59,35 @@ def probe_objective(
     return probe
 
 
-def label_objective(loss: OutputLoss, data: Calibration) -> Objective:
-    """The summed cross-entropy of a batch's labels.
+def first_order_objective(
+    labels: str, loss: OutputLoss, data: Calibration, draws: int, seed: int
+) -> tuple[Objective, int, Floats]:
+    """What to differentiate for scores that are linear in the gradient.
+
+    Args:
+        labels: ``true``: the cross-entropy of the data's labels, batch by batch, one pass each. ``probe``: probes of
+            the loss, since the gradient of ``kl`` or ``mse`` vanishes at the float model.
+        loss: What is protected.
+        data: The batches.
+        draws: Of the probes.
+        seed: Of the probes.
+
+    Returns:
+        The objective, the backward passes per batch, and what to multiply each batch's weight gradient with
+        ``[batches]``: that of probes grows with the root of the samples only.
 
     Raises:
-        DataError: If labels are missing.
+        DataError: If ``true`` labels are missing.
+        MpqError: If ``labels`` is neither.
     """
+    if labels == "true":
+        return _label_objective(loss, data), 1, np.ones(len(data.batches))
+    objective = probe_objective(labels, loss, data, torch.Generator().manual_seed(seed))
+    return objective, draws, np.sqrt([b.size for b in data.batches])
+
+
+def _label_objective(loss: OutputLoss, data: Calibration) -> Objective:
+    """The summed cross-entropy of a batch's labels."""
     require_labels(data)
 
     def total(output: Any, batch: Batch) -> Tensor:

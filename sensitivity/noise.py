@@ -16,7 +16,9 @@ from mpq.layers import LayerGroup, LayerSpec
 from mpq.losses import OutputLoss
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import Scheme
-from mpq.sensitivity.capture import table_of
+from mpq.sensitivity.capture import cut_below_zero, table_of
+from mpq.sensitivity.perturbation import rise_meter
+from mpq.sensitivity.spread import standard_error
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 from mpq.trees import map_tensors
@@ -54,12 +56,12 @@ def noise(
         progress: Show a bar.
 
     Returns:
-        A table in the unit of ``loss``, zero where the loss fell; the standard errors are those of the draws, with the
-        data taken as given.
+        A table in the unit of ``loss``, zero where the loss fell (``provenance["negative_losses"]``); the standard
+        errors are those of the draws, with the data taken as given.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        references = [view(b) for b in data.batches]
+        meters = [rise_meter(loss, view(b), b) for b in data.batches]
         rise = np.zeros((draws, *space.allowed.shape))
         todo = [(d, g) for d in range(draws) for g in range(len(space.groups))]
         for d, g in progress_bar(todo, "quantization noise", progress):
@@ -68,13 +70,11 @@ def noise(
             stream = int(torch.randint(2**62, (), generator=generator))
             for s, scheme in enumerate(space.schemes):
                 with _noisy(view, bank, space.groups[g], scheme, patterns, stream):
-                    for batch, reference in zip(data.batches, references, strict=True):
-                        change = loss.value(view(batch), reference, batch) - loss.value(reference, reference, batch)
-                        rise[d, g, s] += float(change.double().sum()) / data.num_samples
-    mean = rise.mean(0)
-    stderr = rise.std(0, ddof=1) / draws**0.5 if draws > 1 else np.full_like(mean, np.nan)
-    passes = 1 + draws * space.allowed.size
-    return table_of(space, np.maximum(mean, 0), stderr, "noise", passes, loss=loss.name, draws=draws)
+                    total = sum(float(meter(view(b)).sum()) for meter, b in zip(meters, data.batches, strict=True))
+                rise[d, g, s] = total / data.num_samples
+    losses, negative = cut_below_zero(space, rise.mean(0))
+    options = {"loss": loss.name, "draws": draws, "negative_losses": negative}
+    return table_of(space, losses, standard_error(rise), "noise", 1 + draws * space.allowed.size, **options)
 
 
 @contextmanager

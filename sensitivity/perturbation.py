@@ -19,7 +19,7 @@ from mpq.losses import KLLoss, MSELoss, OutputLoss, check_finite_output, logits_
 from mpq.problem import Floats
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat, Scheme
-from mpq.sensitivity.capture import table_of
+from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.prefix import Recording
 from mpq.sensitivity.spread import batch_numbers, standard_error
 from mpq.sensitivity.table import SensitivityTable
@@ -67,8 +67,8 @@ def perturbation(
         progress: Show a bar.
 
     Returns:
-        A table without interactions, zero where a loss fell. Standard errors are those over samples; over batches for
-        a loss that returns one mean for the batch.
+        A table without interactions, zero where a loss fell (``provenance["negative_losses"]``). Standard errors are
+        those over samples; over batches for a loss that returns one mean for the batch.
 
     Raises:
         DataError: If an output of the float model or a measured value is NaN or infinite.
@@ -87,14 +87,15 @@ def perturbation(
     rows = [np.zeros((batch.size, *space.allowed.shape)) for batch in data.batches]
     for number, g, values in progress_bar(passes, "perturbation", progress, total):
         rows[number][:, g] = values.numpy()
-    losses, stderr = mean_rise(rows, all(by_sample))
+    mean, stderr = mean_rise(rows, all(by_sample))
+    losses, negative = cut_below_zero(space, mean)
+    options = {"loss": loss.name, "measure": measure, "unit": loss.name if measure == "loss" else measure}
     cost = 1 + space.allowed.size
-    unit = loss.name if measure == "loss" else measure
-    return table_of(space, losses, stderr, "perturbation", cost, loss=loss.name, measure=measure, unit=unit)
+    return table_of(space, losses, stderr, "perturbation", cost, negative_losses=negative, **options)
 
 
 def mean_rise(rows: list[Floats], by_sample: bool) -> tuple[Floats, Floats]:
-    """Mean over samples, zero where the loss fell, and its standard error.
+    """Mean over samples, and its standard error.
 
     Args:
         rows: Of each batch ``[B, ...]``.
@@ -102,7 +103,7 @@ def mean_rise(rows: list[Floats], by_sample: bool) -> tuple[Floats, Floats]:
     """
     shares = np.concatenate(rows)
     stderr = standard_error(shares, None if by_sample else batch_numbers(map(len, rows)))
-    return np.maximum(shares.mean(0), 0), stderr
+    return shares.mean(0), stderr
 
 
 def _measured(

@@ -25,7 +25,7 @@ from mpq.sensitivity.capture import (
     over_draws,
     table_of,
 )
-from mpq.sensitivity.labels import label_objective, probe_objective
+from mpq.sensitivity.labels import first_order_objective, probe_objective
 from mpq.sensitivity.table import SensitivityTable
 from mpq.sensitivity.weight_only import beyond, relative_error
 from mpq.space import SearchSpace
@@ -79,10 +79,7 @@ def gradient_saliency(
         GraphError: If no gradient reaches a layer that matters.
         MpqError: If the loss returns one mean for a batch of several samples.
     """
-    if labels == "true":
-        objective, draws = label_objective(loss, data), 1
-    else:
-        objective = probe_objective(labels, loss, data, torch.Generator().manual_seed(seed))
+    objective, draws, factors = first_order_objective(labels, loss, data, draws, seed)
 
     def weight(layer: LayerSpec, gradient: Tensor) -> Tensor:
         scores = torch.stack([_first_order(gradient, e) for e in _weight_errors(view, space, bank, layer)])
@@ -105,10 +102,8 @@ def gradient_saliency(
         activation=activation if has_activations(space) else None,
     )
     of_weights, of_inputs = np.split(sums, 2, -1)
-    size = np.ones(1) if labels == "true" else np.array([b.size for b in data.batches], np.float64)
-    mean, stderr = over_draws(grouped(space, of_weights * np.sqrt(size)[:, None, None] + of_inputs), data)
-    if labels == "true":
-        stderr = np.zeros_like(mean)
+    mean, stderr = over_draws(grouped(space, of_weights * factors[:, None, None] + of_inputs), data)
+    stderr = np.zeros_like(mean) if labels == "true" else stderr
     passes = 1 + 2 * draws
     return table_of(space, mean, stderr, "gradient_saliency", passes, loss=loss.name, draws=draws, labels=labels)
 

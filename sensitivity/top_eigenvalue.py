@@ -14,6 +14,7 @@ from mpq.progress import progress_bar
 from mpq.sensitivity.aggregate import by_group, distinct_layers, squared_error
 from mpq.sensitivity.capture import table_of
 from mpq.sensitivity.hessian import BLOCK_PASSES, GRADIENT_PASSES, hessian_of
+from mpq.sensitivity.options import check_values
 from mpq.sensitivity.table import SensitivityTable
 from mpq.sensitivity.trace_methods import random_vectors
 from mpq.space import SearchSpace
@@ -68,8 +69,7 @@ def top_eigenvalue(
         GraphError: If no gradient reaches a layer that matters.
         MpqError: If an option is out of range.
     """
-    if tolerance <= 0 or iterations < 1:
-        raise MpqError(f"tolerance must be positive and iterations at least 1, not {tolerance} and {iterations}")
+    check_values(tolerance=tolerance, iterations=iterations)
     layers = distinct_layers(space)
     draw = random_vectors("rademacher", torch.Generator().manual_seed(seed))
     runs = {x.name: Lanczos(draw(view.weight(x.name)), tolerance) for x in layers}

@@ -2,14 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
 import mpq
+from mpq.losses import KLLoss, MSELoss
 from mpq.problem import Problem
 from mpq.search import Exhaustive
-from mpq.sensitivity.anchors import candidates, solved, unlike
+from mpq.sensitivity.anchored import _Truth, anchored, constant_outputs
+from mpq.sensitivity.anchors import _bits, candidates, solved, unlike
+from mpq.sensitivity.influence import influence
 from mpq.sensitivity.recalibration import Recalibrator
 from mpq.sensitivity.table import SensitivityTable
 from mpq.testing import prepared, tiny_networks
+from mpq.view import preserved_state
 
 G, S = 4, 3
 
@@ -84,8 +89,6 @@ def test_informative_configs_are_those_of_the_greedy_posterior():
     model, picks = model_of(table), every_pick()
     chosen = model.informative(picks, 3)
     # Twin: the posterior covariance of the parameters, inverted anew for each possible next config.
-    import torch
-
     start = torch.zeros(G * S + 3, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda p: model._log_predicted(p, picks), start).numpy()
     expected: list[int] = []
@@ -143,3 +146,130 @@ def test_unlike_leaves_out_what_is_taken():
     assert len(found) == 5
     assert not {p.tobytes() for p in found} & {p.tobytes() for p in picks[:70]}
     assert len(unlike(table, picks, picks, 5, 1.0)) == 0
+
+
+@pytest.mark.parametrize("schemes", ["W2,W4", "W2A8,W4A8"])
+def test_weights_alone_are_priced_where_activations_are_all_alike(schemes):
+    space = prepared(*tiny_networks()["conv"], schemes)[1]
+    bits = np.array([[s.weight.bits * g.parameters for s in space.schemes] for g in space.groups], float)
+    np.testing.assert_array_equal(_bits(space), bits / bits.max(1).sum())
+
+
+def test_activation_bits_have_their_price():
+    """Of equal weights, the searched half tries each activation format."""
+    space = prepared(*tiny_networks()["attention"], "W4A4,W4A8,W4")[1]
+    groups = len(space.groups)
+    macs = np.array([sum(x.macs for x in g.layers) for g in space.groups])
+    embedding = [g.layers[0].source is None for g in space.groups].index(True)
+    activations = np.tile([4.0, 8, 64], (groups, 1))  # float64
+    activations[embedding] = 64
+    activations *= macs[:, None]
+    prices = _bits(space)
+    np.testing.assert_allclose(prices - prices[:, [2]], (activations - activations[:, [2]]) / activations[:, 2].sum())
+    names = tuple(g.name for g in space.groups), tuple(map(str, space.schemes))
+    table = SensitivityTable(*names, np.tile([0.3, 0.01, 0.0], (groups, 1)), np.zeros((groups, 3)))
+    searched = solved(table, space, 1.0)
+    others = np.arange(groups) != embedding
+    assert {0, 1, 2} <= set(searched[:, others].ravel())
+
+
+def run(estimator, setup, **options):
+    view, space, calib, bank = setup
+    with preserved_state(0):
+        return estimator(view, space, calib, bank, options.pop("loss", KLLoss()), progress=False, **options)
+
+
+@pytest.mark.parametrize("name", ["conv", "attention"])
+def test_anchors_are_what_they_say(name):
+    """Measured losses are the evaluator's, the table is influence corrected by the fit, and every pass is counted."""
+    net, data = tiny_networks()[name]
+    setup = prepared(net, data, "W2A8,W4A8,W8A8")
+    table, raw = run(anchored, setup, anchors=9), run(influence, setup)
+    anchors = table.provenance["anchors"]
+    assert 5 <= len(anchors) <= 9
+    assert len({tuple(a["pick"]) for a in anchors}) == len(anchors)
+    analysis = mpq.analyze(net, data, "W2A8,W4A8,W8A8", estimator="influence", progress=False)
+    evaluator = mpq.Evaluator(net, data, progress=False)
+    for a in anchors:
+        assert a["measured"] == pytest.approx(evaluator.measure(analysis.config(a["pick"])).kl, rel=1e-9)
+        assert a["second_order"] == pytest.approx(raw.predict(a["pick"]))
+        assert a["predicted"] == table.predict(a["pick"])
+    factors = np.sqrt(table.loss / raw.loss)
+    coupling = table.provenance["coupling"]
+    assert 0 < coupling < 1
+    expected = coupling * raw.interactions * factors[..., None, None] * factors
+    np.testing.assert_allclose(table.interactions, expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(table.rows, raw.rows * factors, rtol=1e-9)
+    np.testing.assert_allclose(table.stderr, raw.stderr * factors**2, rtol=1e-9)
+    errors = [np.log(a["predicted"] / a["measured"]) for a in anchors]
+    assert table.provenance["anchor_error"] == pytest.approx(np.sqrt(np.mean(np.square(errors))))
+    before = [np.log(raw.predict(a["pick"]) / a["measured"]) for a in anchors]
+    assert np.square(errors).sum() < np.square(before).sum()
+    assert table.provenance["forward_passes"] == pytest.approx(raw.provenance["forward_passes"] + 1 + len(anchors))
+
+
+def test_anchors_are_measured_on_few_samples_and_may_be_none():
+    setup = _, _, calib, _ = prepared(*tiny_networks()["conv"], "W2,W4,W8")
+    few, raw = run(anchored, setup, anchors=4, anchor_samples=2), run(influence, setup)
+    passes = (1 + len(few.provenance["anchors"])) * calib.batches[0].size / calib.num_samples
+    assert few.provenance["forward_passes"] == pytest.approx(raw.provenance["forward_passes"] + passes, abs=0.01)
+    none = run(anchored, setup, anchors=0)
+    np.testing.assert_array_equal(none.loss, raw.loss)
+    assert none.provenance["anchors"] == []
+
+
+def split(name, size):
+    """The tiny network with its data in batches of one size."""
+    net, data = tiny_networks()[name]
+    return prepared(net, list(torch.cat(data).split(size)), "W2A8,W4A8,W8A8")
+
+
+@pytest.mark.parametrize("loss", [KLLoss(), MSELoss()], ids=["kl", "mse"])
+def test_ceiling_does_not_depend_on_the_batch_size(loss):
+    """In batches of one, every output is its own mean; the mean is over all batches."""
+    ceilings, counts = [], []
+    for size in (8, 3, 1):
+        setup = view, space, calib, bank = split("conv", size)
+        table = run(influence, setup, loss=loss)
+        ceilings.append(_Truth(view, space, calib, bank, loss, 256, None).ceiling(table))
+        counts.append(len(run(anchored, setup, loss=loss).provenance["anchors"]))
+    view, _, calib, _ = split("conv", 8)
+    with torch.no_grad():
+        exact = view(calib.batches[0])
+    rise = loss.value(exact.mean(0).expand_as(exact), exact, calib.batches[0]).mean().item()
+    assert ceilings == pytest.approx([rise] * 3)
+    assert min(counts) > 0.8 * max(counts)
+
+
+def test_ceiling_of_a_single_sample_is_that_of_the_lowest_schemes():
+    net, data = tiny_networks()["conv"]
+    setup = view, space, calib, bank = prepared(net, [data[0][:1]], "W2,W4,W8")
+    table = run(influence, setup)
+    truth = _Truth(view, space, calib, bank, KLLoss(), 256, None)
+    assert truth.ceiling(table) == truth.rise(np.zeros(len(space.groups), np.int64)) > 0
+    found = run(anchored, setup)
+    assert len(found.provenance["anchors"]) > 10
+    extra = found.provenance["forward_passes"] - table.provenance["forward_passes"]
+    assert extra == 2 + len(found.provenance["anchors"])  # the float model and the lowest schemes
+
+
+def test_ceiling_is_predicted_where_measuring_tells_nothing(monkeypatch):
+    setup = view, space, calib, bank = split("conv", 8)
+    table = run(influence, setup)
+    truth = _Truth(view, space, calib, bank, KLLoss(), 256, None)
+    monkeypatch.setattr(truth, "_mean", lambda outputs: 0.0)
+    assert truth.ceiling(table) == table.predict(np.zeros(len(space.groups), np.int64))
+
+
+def test_outputs_of_different_shapes_have_their_own_means():
+    """Class scores of two batches, tokens of different lengths, and what belongs to no sample."""
+    batches = [
+        {"scores": torch.randn(n, 2), "tokens": torch.randn(n, n, 3), "ids": torch.arange(n), "scale": torch.ones(7)}
+        for n in (2, 4)
+    ]
+    for found, given in zip(constant_outputs(batches, [2, 4]), batches, strict=True):
+        both = torch.cat([b["scores"] for b in batches])
+        torch.testing.assert_close(found["scores"], both.mean(0).expand_as(given["scores"]))
+        torch.testing.assert_close(found["tokens"], given["tokens"].mean(0).expand_as(given["tokens"]))
+        assert found["ids"] is given["ids"]
+        assert found["scale"] is given["scale"]

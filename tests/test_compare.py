@@ -205,6 +205,7 @@ def test_unfilled_range_is_said(tiny):
         ({"estimators": ("influence", "nonsense")}, "unknown estimator 'nonsense'; known: .*influence"),
         ({"estimators": ()}, "no estimators given"),
         ({"estimators": {"x": ("influence", {"drawz": 1})}}, "estimator 'x' has no option 'drawz'"),
+        ({"estimators": {"x": ("noise", {"draws": 0})}}, "draws must be a whole number of at least 1, not 0"),
         ({"configs": 2}, "configs must be at least 3"),
         ({"loss_range": (0, 1)}, "loss_range"),
         ({"loss_range": (1, 0.1)}, "loss_range"),
@@ -240,6 +241,24 @@ def test_shown_as_text_html_and_picture(on_resnet, tmp_path):
         assert points[:, 0].tolist() == on_resnet.predictions[score.name].tolist()
         assert points[:, 1].tolist() == on_resnet.measured.tolist()
         assert len(ax.lines) == (score.name != "untuned")  # where prediction and measurement agree
+
+
+def broken(view, space, data, bank, loss, *, seed=0, progress=True):
+    """One group can't be scored, so that its analysis keeps it at the widest scheme."""
+    table = by_bits(view, space, data, bank, loss)
+    table.loss[0, 0] = np.nan
+    return table
+
+
+def test_configs_are_the_same_whichever_estimator_comes_first(tiny):
+    with pytest.warns(UserWarning, match="1 of 3 groups"):
+        one, other = (quick(tiny, estimators=e) for e in ({"b": broken, "x": by_bits}, {"x": by_bits, "b": broken}))
+    np.testing.assert_array_equal(one.picks, other.picks)
+    np.testing.assert_array_equal(one.measured, other.measured)
+    np.testing.assert_array_equal(one.picks, quick(tiny, estimators={"x": by_bits}).picks)
+    assert len(set(one.picks[:, 0])) > 1
+    pinned = quick(tiny, estimators={"b": broken}, pin={"0": "W5"}, configs=3)
+    assert {one.schemes[s] for s in pinned.picks[:, 0]} == {"W5"}
 
 
 def test_panels_beyond_a_row_and_predictions_that_no_log_axis_shows():

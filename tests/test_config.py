@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from importlib import resources
 
 import jsonschema
@@ -20,6 +21,22 @@ def test_round_trip_is_exact(cfg, tmp_path):
     assert again == cfg
     assert again.to_json() == path.read_text()
     assert again["fc"].activation_range == cfg["fc"].activation_range
+
+
+def test_findings_of_the_sanity_gate_are_shown_in_one_line(cfg, tmp_path):
+    def found(*names, kind="not_monotone", action="kept as measured"):
+        return [{"group": n, "kind": kind, "message": "", "action": action} for n in names]
+
+    sound = replace(cfg, provenance={**cfg.provenance, "findings": []})
+    assert sound.findings == ""
+    assert "sanity gate" not in repr(sound)
+    findings = found("a", kind="negative", action="kept at W8A8") + found("b", "c", "d", "e<1>", "f")
+    sick = replace(cfg, provenance={**cfg.provenance, "findings": findings})
+    line = "sanity gate: negative (kept at W8A8): a; not_monotone (kept as measured): b, c, d and 2 more"
+    assert line in repr(sick).splitlines()
+    assert line in sick._repr_html_()
+    assert line in sick.report(tmp_path / "report.html").read_text()
+    assert line in repr(mpq.load(sick.save(tmp_path / "bits.json")))
 
 
 def test_json_follows_the_published_schema(cfg):

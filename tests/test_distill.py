@@ -116,7 +116,7 @@ def test_one_norm_is_matched_as_the_closed_form_says():
 
 
 def test_statistics_come_near_those_of_real_data(example):
-    model, calib, _ = example
+    model, _, _ = example
 
     def loss(x):
         with torch.no_grad():
@@ -124,7 +124,6 @@ def test_statistics_come_near_those_of_real_data(example):
 
     noise = distilled_data(model, (28, 28), samples=8, iterations=1, lr=1e-9, progress=False)[0]
     distilled = distilled_data(model, (28, 28), samples=8, iterations=25, progress=False)[0]
-    print(loss(noise), loss(distilled), loss(calib[0][0][:8]))
     assert loss(distilled) < loss(noise) / 4
 
 
@@ -174,7 +173,6 @@ def test_allocation_from_distilled_data_beats_equal_bits(example):
     assert cfg.avg_bits <= 4
     assert len(cfg) == 22
     evaluator = mpq.Evaluator(model, [test[0][0][:100]], progress=False)
-    print(evaluator.measure(cfg).kl, evaluator.measure(equal).kl)
     assert evaluator.measure(cfg).kl < evaluator.measure(equal).kl
 
 

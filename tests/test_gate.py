@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq.analysis import Analysis
-from mpq.cost_models import COST_MODELS, find_device
+from mpq.cost_models import default_costs, find_device
 from mpq.errors import MpqError, UnreachableError
 from mpq.layers import LayerGraph, LayerSpec, Outside
-from mpq.losses import KLLoss
+from mpq.losses import CallableLoss, KLLoss
 from mpq.problem import Constraint, Problem, Status
 from mpq.search import Knapsack
-from mpq.sensitivity import SensitivityTable, influence
+from mpq.sensitivity import SensitivityTable, influence, measured_pairs, noise, perturbation, shapley
+from mpq.sensitivity.capture import cut_below_zero
 from mpq.sensitivity.gate import Finding, check
 from mpq.space import make_space
 from mpq.testing import prepared, tiny_networks
@@ -246,13 +248,55 @@ def test_only_like_formats_are_compared(schemes, found):
 def test_zero_losses_are_named_and_kept():
     space = space_of()
     table = table_of(space, ((0.3, 0.2, 0.1), (0, 0, 0), (0.1, 0, 0)))
-    gate = check(table, space, unreached={"b", "c", "not in the space"})
-    assert [str(f) for f in gate.findings] == [
-        "b: all losses are zero; no gradient reaches b -> free: gets the fewest bits",
-        "c: no gradient reaches c -> kept as measured",
-    ]
-    assert kinds(check(table, space)) == [("b", "zero_gradient")]
+    gate = check(table, space)
+    assert [str(f) for f in gate.findings] == ["b: all losses are zero -> free: gets the fewest bits"]
+    assert kinds(gate) == [("b", "zero_gradient")]
     assert gate.space.allowed.all()
+
+
+def test_losses_cut_at_zero_are_named_and_kept():
+    space = space_of(pin={"c": "W8A8"})
+    table = table_of(space, ((0.3, 0.2, 0.1), (0.1, 0, 0), (0.3, 0.2, 0.1)))
+    cut = {"b": {"W4A8": -0.25, "W8A8": -0.001}, "c": {"W2A8": -1.0}, "not in the space": {"W2A8": -1.0}}
+    gate = check(replace(table, provenance={"negative_losses": cut}), space)
+    expected = "b: loses less than the float model at W4A8 (-0.25), W8A8 (-0.001) -> taken as zero"
+    assert [str(f) for f in gate.findings] == [expected]
+    assert kinds(gate) == [("b", "below_zero")]
+    np.testing.assert_array_equal(gate.table.loss, table.loss)
+    np.testing.assert_array_equal(gate.space.allowed, space.allowed)
+
+
+def falling(output, batch):
+    """A loss that some errors lower."""
+    return output[:, 0].sin()
+
+
+@pytest.mark.parametrize("estimator", [perturbation, measured_pairs, shapley, noise], ids=lambda f: f.__name__)
+def test_measured_losses_below_zero_reach_the_gate(estimator):
+    net, data = tiny_networks()["conv"]
+    view, space, calib, bank = prepared(net, data, "W2,W3,W8")
+    tables = []
+    for sign in (1, -1):
+        loss = CallableLoss(lambda output, batch, sign=sign: sign * falling(output, batch))
+        with preserved_state(0):
+            tables.append(estimator(view, space, calib, bank, loss, progress=False))
+    for table, other in zip(tables, tables[::-1], strict=True):
+        cut = {(g, s): v for g, row in table.provenance["negative_losses"].items() for s, v in row.items()}
+        zero = [(table.groups[g], table.schemes[s]) for g, s in np.argwhere(table.loss == 0)]
+        assert sorted(cut) == sorted(zero)
+        for (g, s), value in cut.items():
+            assert -value == pytest.approx(other.loss[table.groups.index(g), table.schemes.index(s)])
+        gate = check(table, space)
+        assert {f.group for f in gate.findings if f.kind == "below_zero"} == {g for g, _ in zero}
+    assert sum(len(t.provenance["negative_losses"]) for t in tables) > 1
+
+
+def test_rounding_is_no_loss_below_zero():
+    space = space_of()
+    losses, negative = cut_below_zero(space, np.array([[1.0, -1e-7, 0.5], [0.1, 0.2, 0.3], [-2e-6, 0.1, 0.1]]))
+    assert negative == {"c": {"W2A8": -2e-6}}
+    assert losses.min() == 0
+    assert cut_below_zero(space, np.zeros((3, 3)))[1] == {}
 
 
 def test_lossless_schemes_may_lose_nothing():
@@ -303,16 +347,19 @@ def test_summary_warning_and_provenance():
     assert lines[9:] == ["  and 3 more: never_ran"]
     with pytest.warns(UserWarning, match=r"2 of 3 groups .* a: NaN at W2A8 -> kept at W8A8; a: negative") as caught:
         gate.warn()
-    assert len(caught) == 1
+    assert len(caught) == 2
+    assert re.match(r"looks wrong, but is kept: expert0: .*; and 3 more$", str(caught[1].message))
     record = json.loads(json.dumps(gate.provenance(), allow_nan=False))
     assert [Finding(**f) for f in record] == list(gate.findings)
 
 
 def test_long_warnings_are_cut_and_sound_tables_give_none():
-    space = space_of(outside=[UNROUTED], names=[f"n{i}" for i in range(8)])
+    space = space_of(names=[f"n{i}" for i in range(8)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(table_of(space, (0.1, 0.2, 0.3)), space).warn()  # named, but not quarantined
+        check(table_of(space), space).warn()
+    with pytest.warns(UserWarning, match=r"is kept: n0: W8A8 .*; n4: .*; and 3 more$"):
+        check(table_of(space, (0.1, 0.2, 0.3)), space).warn()
     with pytest.warns(UserWarning, match=r"8 of 8 .* n4: .*; and 3 more\. Skip") as caught:
         check(table_of(space, (np.nan, 0.2, 0.1)), space).warn()
     assert "n5" not in str(caught[0].message)
@@ -385,7 +432,7 @@ def test_one_broken_group_does_not_stop_the_search():
     gate = check(table, space)
     assert gate.quarantined == (name,)
     assert_quarantined(gate, g, 2)
-    costs = {k: cost(gate.space) for k, cost in COST_MODELS.items()}
+    costs = default_costs(gate.space)
     analysis = Analysis(gate.space, gate.table, costs, {}, {"estimator": "sick"})
     config = analysis.allocate("avg_bits<=5")
     assert str(config[name].scheme) == "W8A8"

@@ -30,7 +30,7 @@ def one_thread():
 
 
 class TestPerturbation(EstimatorContract):
-    @pytest.fixture(params=["loss", "sqnr", "prediction_difference"])
+    @pytest.fixture(params=["sqnr", "prediction_difference"])
     def estimator(self, request):
         return partial(perturbation, measure=request.param)
 

@@ -31,7 +31,6 @@ def check_model(model, data, **options):
     rng = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     analysis = mpq.analyze(model, data, SCHEMES, progress=False, **options)
     graph = analysis.space.graph
-    print(graph.summary())
     cfg = analysis.allocate("avg_bits<=4")
     check_untouched(model, before, rng)
     assert cfg.avg_bits <= 4
