@@ -201,7 +201,7 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 def _parse(text: str, origin: str) -> Device:
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_no_number)
     except ValueError as error:
         raise FormatError(f"{origin}: not JSON: {error}") from None
     wrong = jsonschema.exceptions.best_match(_validator().iter_errors(data))
@@ -224,6 +224,10 @@ def _parse(text: str, origin: str) -> Device:
         data["sources"],
         alignment=data.get("alignment", 1),
     )
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def _pair(names: list[str] | None) -> tuple[str, str] | None:

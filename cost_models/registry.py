@@ -4,6 +4,7 @@ from typing import Protocol
 
 from mpq.cost_models.arithmetic import bops, compute_cost
 from mpq.cost_models.bit_ops import bit_ops
+from mpq.cost_models.devices import Device
 from mpq.cost_models.energy import energy
 from mpq.cost_models.latency import latency
 from mpq.cost_models.memory import active_bytes, peak_memory, resident_bytes
@@ -37,7 +38,11 @@ _ALWAYS = ("size", "avg_bits", "stored_bits", "bitops")
 _ON_A_DEVICE = ("latency", "energy", "peak_memory")
 
 
-def default_costs(space: SearchSpace) -> dict[str, Cost]:
+def default_metrics(device: Device) -> tuple[str, ...]:
     """The metrics that every result states: four of any model, and three more where a real device is the target."""
-    names = _ALWAYS if space.device.kind == "generic" else _ALWAYS + _ON_A_DEVICE
-    return {name: COST_MODELS[name](space) for name in names}
+    return _ALWAYS if device.kind == "generic" else _ALWAYS + _ON_A_DEVICE
+
+
+def default_costs(space: SearchSpace) -> dict[str, Cost]:
+    """Their costs."""
+    return {name: COST_MODELS[name](space) for name in default_metrics(space.device)}

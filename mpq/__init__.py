@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpq.config import BitConfig, Measured, load
     from mpq.distill import distilled_data
     from mpq.errors import MpqError
-    from mpq.estimate import Estimate, estimate
+    from mpq.estimates import Estimate, estimate
     from mpq.evaluation import Evaluator, evaluate
     from mpq.frontier import Frontier
     from mpq.global_choices import GlobalChoices
@@ -63,7 +63,7 @@ _MODULES = {
     "mpq.config": ("BitConfig", "Measured", "load"),
     "mpq.distill": ("distilled_data",),
     "mpq.errors": ("MpqError",),
-    "mpq.estimate": ("Estimate", "estimate"),
+    "mpq.estimates": ("Estimate", "estimate"),
     "mpq.evaluation": ("Evaluator", "evaluate"),
     "mpq.frontier": ("Frontier",),
     "mpq.global_choices": ("GlobalChoices",),

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from mpq.budget import Budget, parse_budgets
 from mpq.config import BitConfig, LayerChoice
 from mpq.cost_models.devices import Device
-from mpq.cost_models.registry import COST_MODELS
+from mpq.cost_models.registry import COST_MODELS, default_metrics
 from mpq.cost_models.table import Cost
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.layers import LayerSpec, Outside
@@ -253,12 +253,11 @@ class Analysis:
             self.costs[metric] = COST_MODELS[metric](self.space)
         return self.costs[metric]
 
-    def metrics(self, pick: Ints) -> dict[str, dict[str, Any]]:
-        """Metric -> value, unit and the float model's value."""
-        return {
-            name: {"value": c.total(pick), "unit": c.unit, "float": float(c.reference)}
-            for name, c in self.costs.items()
-        }
+    def metrics(self, pick: Ints, also: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """Metric -> value, unit and the float model's value, of the metrics that every result states and of others."""
+        names = dict.fromkeys([*default_metrics(self.space.device), *(m for m in also if m in COST_MODELS)])
+        costs = {name: self.cost(name) for name in names}
+        return {n: {"value": c.total(pick), "unit": c.unit, "float": float(c.reference)} for n, c in costs.items()}
 
     def _config(self, pick: Ints, budgets: tuple[str, ...], solver: dict[str, Any]) -> BitConfig:
         layers: dict[str, LayerChoice] = {}
@@ -280,7 +279,7 @@ class Analysis:
         return BitConfig(
             {name: layers[name] for name in order},
             skipped + self.space.graph.outside,
-            self.metrics(pick),
+            self.metrics(pick, [b.partition("<=")[0] for b in budgets]),
             predicted,
             None,
             budgets,

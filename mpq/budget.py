@@ -27,7 +27,7 @@ UNITS: dict[str, dict[str, float]] = {
     "compute_cost": {**_COUNTS, "%": 0.01},
     "bops": {**_COUNTS, "%": 0.01},
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "%": 0.01},
-    "accuracy_drop": {"": 1.0, "%": 0.01},
+    "accuracy_drop": {"%": 0.01},  # percentage points; without a unit, .5 could be meant as half a point or as half
 }
 _BUDGET = re.compile(r"\s*(\w+)\s*(<=|≤)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
@@ -86,6 +86,8 @@ class Budget:
             value = math.nan
         if not 0 < value < math.inf and not (metric == "accuracy_drop" and value == 0):
             raise BudgetError(f"the limit in {text!r} must be a positive number")
+        if metric == "accuracy_drop" and value > 1:
+            raise BudgetError(f"{text!r} allows more than 100 percentage points")
         relative = unit == "%" and metric != "accuracy_drop"
         return cls(metric, value, relative, f"{metric}<={number}{unit}")
 

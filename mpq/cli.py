@@ -63,7 +63,7 @@ def allocate(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="Such as 'size<=25%', 'avg_bits<=4', 'bitops<=2G', 'accuracy_drop<=0.5%'. Repeat for several."
+            help="Such as 'size<=25%', 'avg_bits<=4', 'latency<=3ms', 'accuracy_drop<=0.5%'. Repeat for several."
         ),
     ],
     schemes: Annotated[str, typer.Option(help="What each layer may have.")] = "W2A8,W3A8,W4A8,W8A8",
@@ -74,7 +74,9 @@ def allocate(
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to leave float. Repeatable.")] = None,
     device: Annotated[str, typer.Option(help="Device profile; see 'mpq devices'.")] = "generic",
-    estimator: Annotated[str, typer.Option(help="influence or hessian_trace.")] = "influence",
+    estimator: Annotated[
+        str, typer.Option(help="anchored, influence, hessian_trace or another of mpq.sensitivity.ESTIMATORS.")
+    ] = "anchored",
     loss: Annotated[str, typer.Option(help="What is protected: auto, kl or mse.")] = "auto",
     max_samples: Annotated[int, typer.Option(help="Use at most about this many calibration samples.")] = 512,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,

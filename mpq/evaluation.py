@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sized
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mpq.progress import progress_bar
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, plain, preserved_state
 
+_ONE_AT_A_TIME = RLock()  # a measurement swaps weights and hooks in: threads take turns
 _IGNORED_LABEL = -100  # PyTorch's and Hugging Face's convention
 
 
@@ -215,7 +217,13 @@ class Evaluator:
                 quantizer = InputQuantizer(choice.activation, choice.activation_range)
                 hooks.append(self._view.layers[name].register_forward_pre_hook(quantizer, with_kwargs=True))
         totals = _Totals()
-        with preserved_state(seed=0), torch.no_grad(), self._view.hooked(hooks), self._view.swapped(weights):
+        with (
+            _ONE_AT_A_TIME,
+            preserved_state(seed=0),
+            torch.no_grad(),
+            self._view.hooked(hooks),
+            self._view.swapped(weights),
+        ):
             for i, batch in enumerate(progress_bar(self._batches, "evaluate", self._progress)):
                 _add(totals, self._view(batch), batch, self._references[i], None)
                 yield replace(totals.result(), float_accuracy=self.float_measured.accuracy)

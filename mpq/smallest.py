@@ -49,4 +49,5 @@ def smallest_config(
         raise BudgetError(f"no config with loss<={loss_limit:g} found in {time_limit:g} s; raise the time limit")
     value = replace(solution, objective=cost.metric(solution.objective), bound=cost.metric(solution.bound))
     config = analysis.config_for(budgets, replace(value, solver=f"least {metric} ({solution.solver})"))
-    return replace(config, budgets=(f"loss<={loss_limit:g}", *config.budgets))
+    metrics = analysis.metrics(solution.pick, (*config.metrics, metric))
+    return replace(config, budgets=(f"loss<={loss_limit:g}", *config.budgets), metrics=metrics)

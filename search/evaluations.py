@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
 from mpq.search.ledger import Ledger
 from mpq.search.pareto import FrontierPicks
@@ -79,10 +80,13 @@ class Evaluations:
     Args:
         measure: Gives the true loss of a pick; NaN counts as infinite. For an executor of processes it must pickle.
         limit: Evaluations at most.
-        seconds: No evaluation begins after this time.
+        seconds: No evaluation begins when these have passed since the first one began.
         ledger: Where evaluations are kept; by default in memory.
         executor: Measures the picks of a batch, such as ``ProcessPoolExecutor()`` or Dask's ``client.get_executor()``.
         report: Called after each evaluation, such as a progress bar's ``update``.
+
+    Raises:
+        MpqError: If a limit is no positive number.
 
     Attributes:
         limit: As given; infinite for None.
@@ -102,7 +106,11 @@ class Evaluations:
         self.limit = math.inf if limit is None else limit
         self._measure, self._executor = measure, executor
         self._ledger = Ledger() if ledger is None else ledger
-        self._until = math.inf if seconds is None else time.monotonic() + seconds
+        if limit is not None and not (isinstance(limit, int) and limit >= 1):
+            raise MpqError(f"the limit of evaluations must be a whole number of at least 1, not {limit!r}")
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise MpqError(f"seconds must be a positive number, not {seconds!r}")
+        self._seconds, self._until, self._began = seconds, math.inf, False
         self._seen: dict[bytes, int] = {}
         self._picks: list[Ints] = []
         self._losses: list[float] = []
@@ -154,6 +162,14 @@ class Evaluations:
             raise Stop(f"the limit of {self.limit:g} evaluations is reached")
         return np.array([self._losses[self._seen[p.tobytes()]] for p in wanted])
 
+    def _late(self) -> bool:
+        """Whether no measurement may begin; the first one always may, and starts the clock."""
+        if self._began:
+            return time.monotonic() > self._until
+        self._began = True
+        self._until = math.inf if self._seconds is None else time.monotonic() + self._seconds
+        return False
+
     def noise(self, one: Ints, other: Ints) -> float | None:
         """Standard error of the difference of two measured picks' losses; None if the measurement can't tell.
 
@@ -202,7 +218,7 @@ class Evaluations:
         finished, parts = self._ledger.get(pick) is not None, self._ledger.parts(pick)
         known = [prune(part, loss) for part, loss in enumerate(parts)]
         pruned = any(known)
-        if finished or (not pruned and time.monotonic() > self._until):
+        if finished or (not pruned and self._late()):
             return float(self.measure([pick])[0])
         if not pruned:
             parts = []
@@ -246,7 +262,7 @@ class Evaluations:
             yield from self._parallel(self._executor, {i: picks[i] for i in open_})
             return
         for i in open_:
-            if time.monotonic() > self._until:
+            if self._late():
                 raise Stop(_TIME)
             try:
                 loss = float(self._measure(picks[i]))
@@ -255,13 +271,16 @@ class Evaluations:
             yield i, loss, False
 
     def _parallel(self, executor: Executor, picks: dict[int, Ints]) -> Iterator[tuple[int, float, bool]]:
-        if picks and time.monotonic() > self._until:
+        if picks and self._late():
             raise Stop(_TIME)
         futures = {executor.submit(self._measure, pick): i for i, pick in picks.items()}
         running, ended = set(futures), None
         try:
             while running:
-                seconds = None if ended or math.isinf(self._until) else max(0.0, self._until - time.monotonic())
+                first = not self._losses
+                seconds = (
+                    None if ended or first or math.isinf(self._until) else max(0.0, self._until - time.monotonic())
+                )
                 done, running = wait(running, seconds, FIRST_COMPLETED)
                 if not done:
                     ended = Stop(_TIME)

@@ -85,9 +85,9 @@ def test_budgets_that_exclude_each_other_say_so(example):
 
 
 def test_latency_needs_a_cost_model(example, analysis):
-    with pytest.raises(BudgetError, match="no cost model for 'latency'"):
+    with pytest.raises(BudgetError, match="no figures for latency"):
         analysis.allocate("latency<=3ms")
-    with pytest.raises(BudgetError, match="no cost model for 'latency'"):
+    with pytest.raises(BudgetError, match="no figures for latency"):
         mpq.allocate(example[0], example[1], "latency<=3ms")
 
 
@@ -314,7 +314,7 @@ def test_frontier_as_json(analysis):
     assert data["interactions"]
     assert "interaction-aware frontier" in repr(front)
     assert "<pre>" in front._repr_html_()
-    with pytest.raises(BudgetError, match="no cost model for 'latency'"):
+    with pytest.raises(BudgetError, match="no figures for latency"):
         analysis.pareto("latency")
 
 

@@ -17,7 +17,7 @@ from mpq.errors import BudgetError
         ("latency<=3ms", "latency", 3e-3, False),
         ("bitops<=50G", "bitops", 50e9, False),
         ("accuracy_drop<=0.5%", "accuracy_drop", 0.005, False),
-        ("accuracy_drop<=0", "accuracy_drop", 0, False),
+        ("accuracy_drop<=0%", "accuracy_drop", 0, False),
     ],
 )
 def test_budgets_parse(text, metric, value, relative):
@@ -57,3 +57,9 @@ def test_several_budgets_and_contradictions():
 def test_limit_of_a_share():
     assert Budget.parse("size<=25%").limit(1000) == 250
     assert Budget.parse("size<=25kB").limit(1000) == 25000
+
+
+@pytest.mark.parametrize("text", ["accuracy_drop<=0.5", "accuracy_drop<=101%"])
+def test_drops_are_percentage_points(text):
+    with pytest.raises(BudgetError, match="unit|100 percentage points"):
+        Budget.parse(text)

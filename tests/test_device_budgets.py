@@ -174,3 +174,19 @@ def test_useless_schemes_leave_the_space():
     # No arithmetic is narrower than int8 there, and such small layers are bound by their set-up.
     assert kept.space.allowed.tolist() == [[False, False, True]] * len(every.space.groups)
     assert every.on("x86_vnni").space.allowed.all()
+
+
+def test_a_metric_that_was_asked_for_changes_no_other_config():
+    model, calib = tiny_network()
+    analysis = mpq.analyze(model, calib, SCHEMES, estimator="influence", progress=False)
+    before = analysis.allocate("avg_bits<=6")
+    assert analysis.cost("energy").reference > 0
+    assert analysis.allocate("avg_bits<=6").to_json() == before.to_json()
+    assert "energy" in analysis.allocate("energy<=90%").metrics
+
+
+def test_profiles_with_nan_are_no_json(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"schema": "mpq/device-1", "name": "mine", "kernels": NaN}')
+    with pytest.raises(FormatError, match="NaN is no number"):
+        find_device(str(path))

@@ -200,7 +200,7 @@ def by_sign(setup):
     weights = {n: view.weight(n).detach().requires_grad_() for n in names}
     calls = Calls(view, names)
     with view.swapped(weights):
-        log_p = KLLoss()._log_probabilities(calls(batch))
+        log_p = KLLoss()._log_probabilities(KLLoss._logits(calls(batch)))
     outputs = {n: zeros[0] for n, _, zeros in calls.outputs}
     share, rows = KLLoss()._position_weights(log_p, batch), []
     for unit in torch.eye(log_p.numel(), dtype=log_p.dtype):

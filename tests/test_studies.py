@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,7 @@ from tqdm import tqdm
 
 import mpq
 from mpq.analysis import Analysis
-from mpq.errors import BudgetError, MpqError, UnreachableError
+from mpq.errors import MpqError, UnreachableError
 from mpq.search import SEARCHES, Genetic, OptunaSearch, Refine
 from mpq.studies import measure_of
 from mpq.testing import tiny_network
@@ -100,8 +101,13 @@ def test_search_with_a_function_and_another_method(measured):
         analysis.search(loss, "size<=20%", "magic", progress=False)
     with pytest.raises(UnreachableError, match="Smallest reachable"):
         analysis.search(loss, "size<=1%", progress=False)
-    with pytest.raises(BudgetError, match=r"no config was found: .* time limit"):
-        analysis.search(loss, "size<=20%", seconds=-1, progress=False)
+    with pytest.raises(MpqError, match="evaluations must be a whole number of at least 1, not 0"):
+        analysis.search(loss, "size<=20%", evaluations=0, progress=False)
+    for seconds in (0, -1, float("nan")):
+        with pytest.raises(MpqError, match="seconds must be a positive number"):
+            analysis.search(loss, "size<=20%", seconds=seconds, progress=False)
+    # What is predicted to be best is measured however short the time.
+    assert analysis.search(loss, "size<=20%", seconds=1e-9, progress=False).config.budgets == ("size<=20%",)
 
 
 def test_the_documentation_names_every_method_and_what_needs_an_extra():
@@ -149,3 +155,14 @@ def test_accuracy_budget_returns_its_trace(measured):
     passing = [r["size"] for r in study.table() if r["accuracy_drop"] <= 0.02 + 1e-12]
     assert study.config.size_bytes == min(passing)
     assert study.config.measured.float_accuracy - study.config.measured.accuracy <= 0.02 + 1e-12
+
+
+def test_threads_measure_what_one_alone_does(measured):
+    """An evaluator swaps weights in: threads take turns."""
+    analysis, evaluator, _ = measured
+    options = {"evaluations": 6, "progress": False}
+    alone = analysis.search(evaluator, "avg_bits<=3", "random", **options).solution.trace
+    with ThreadPoolExecutor(3) as executor:
+        together = analysis.search(evaluator, "avg_bits<=3", "random", executor=executor, **options).solution.trace
+    np.testing.assert_array_equal(together.picks, alone.picks)
+    np.testing.assert_array_equal(together.losses, alone.losses)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from mpq.viz.plots import _new_axes
 
 if TYPE_CHECKING:
-    from mpq.estimate import Estimate
+    from mpq.estimates import Estimate
 
 _MOST_LABELS = 60
 
