@@ -61,5 +61,5 @@ def test_limit_of_a_share():
 
 @pytest.mark.parametrize("text", ["accuracy_drop<=0.5", "accuracy_drop<=101%"])
 def test_drops_are_percentage_points(text):
-    with pytest.raises(BudgetError, match="unit|100 percentage points"):
+    with pytest.raises(BudgetError, match=r"unit|100 percentage points"):
         Budget.parse(text)
