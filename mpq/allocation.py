@@ -178,7 +178,7 @@ def allocate(
     Example:
         >>> from mpq.bundled import load_example
         >>> model, calib, test = load_example()
-        >>> cfg = allocate(model, calib[:2], "avg_bits<=4", "W2A8,W4A8,W8A8", progress=False)
+        >>> cfg = allocate(model, calib[:1], "avg_bits<=4", "W2A8,W8A8", estimator="influence", progress=False)
         >>> cfg.avg_bits <= 4, len(cfg)
         (True, 22)
     """

@@ -94,7 +94,14 @@ def test_latency_needs_a_cost_model(example, analysis):
 def test_pin_skip_and_groups(example):
     model, calib, _ = example
     analysis = mpq.analyze(
-        model, calib[:1], "W2A8,W4A8", pin={"conv1": "W8A8"}, skip=["fc"], groups=[["layer1.*"]], progress=False
+        model,
+        calib[:1],
+        "W2A8,W4A8",
+        pin={"conv1": "W8A8"},
+        skip=["fc"],
+        groups=[["layer1.*"]],
+        estimator="influence",
+        progress=False,
     )
     cfg = analysis.allocate("avg_bits<=3")
     assert cfg["conv1"].weight.bits == 8
@@ -198,7 +205,7 @@ def test_generators_are_consumed_only_as_far_as_needed(example):
             seen.append(1)
             yield calib[0]
 
-    mpq.analyze(model, endless(), "W4,W8", max_samples=128, progress=False)
+    mpq.analyze(model, endless(), "W4,W8", max_samples=128, estimator="influence", progress=False)
     assert len(seen) == 2
 
 
@@ -232,13 +239,17 @@ def test_batches_of_any_kind_give_the_same_answer():
 def test_same_seed_same_bytes(example, tmp_path):
     model, calib, _ = example
     configs = [
-        mpq.allocate(model, calib[:1], "avg_bits<=4", "W2A8,W4A8,W8A8", seed=5, progress=False) for _ in range(2)
+        mpq.allocate(
+            model, calib[:1], "avg_bits<=4", "W2A8,W8A8", seed=5, estimator_options={"anchors": 6}, progress=False
+        )
+        for _ in range(2)
     ]
     paths = [c.save(tmp_path / f"{i}.json") for i, c in enumerate(configs)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     code = (
         "import torch, mpq; torch.set_num_threads(2); model, calib, _ = mpq.bundled.load_example(); "
-        "mpq.allocate(model, calib[:1], 'avg_bits<=4', 'W2A8,W4A8,W8A8', seed=5, progress=False)"
+        "mpq.allocate(model, calib[:1], 'avg_bits<=4', 'W2A8,W8A8', seed=5, estimator_options={'anchors': 6}, "
+        "progress=False)"
         f".save({str(tmp_path / 'other.json')!r})"
     )
     # Threads that wait without spinning: two busy ones are slow where other processes compute.
@@ -254,9 +265,9 @@ def test_accuracy_budget_is_measured(example, analysis):
         mpq.allocate(model, calib, "accuracy_drop<=1%")
     with pytest.raises(BudgetError, match=r"is measured: use mpq\.allocate"):
         analysis.allocate("accuracy_drop<=1%")
-    part = test[:2]
+    part, options = test[:2], {"estimator": "influence", "progress": False}
     cfg = mpq.allocate(
-        model, calib[:2], "accuracy_drop<=1%,size<=16%", "W2A8,W3A8,W4A8,W8A8", eval_data=part, progress=False
+        model, calib[:2], "accuracy_drop<=1%,size<=16%", "W2A8,W3A8,W4A8,W8A8", eval_data=part, **options
     )
     assert cfg.measured.float_accuracy - cfg.measured.accuracy <= 0.01 + 1e-12
     assert mpq.evaluate(mpq.quantize(model, cfg), part, progress=False).accuracy == cfg.measured.accuracy
@@ -264,16 +275,17 @@ def test_accuracy_budget_is_measured(example, analysis):
     assert cfg.budgets == ("accuracy_drop<=1%", "size<=16%")
     assert (cfg.solver["name"], cfg.solver["status"]) == ("bisection", "feasible")
     with pytest.raises(BudgetError, match=r"accuracy_drop<=1% is met by none of the \d+ configs .* the least drop is"):
-        mpq.allocate(model, calib[:1], "accuracy_drop<=1%", "W2A8", eval_data=part, progress=False)
+        mpq.allocate(model, calib[:1], "accuracy_drop<=1%", "W2A8", eval_data=part, **options)
     with pytest.raises(DataError, match="accuracy can't be measured"):
-        mpq.allocate(model, calib[:1], "accuracy_drop<=1%", eval_data=[x for x, _ in part], progress=False)
+        mpq.allocate(model, calib[:1], "accuracy_drop<=1%", eval_data=[x for x, _ in part], **options)
 
 
 def test_accuracy_budget_beside_one_that_needs_a_larger_size(example):
     """W5A8 is smaller, W6A2 has fewer BitOps: the second budget forces the larger size."""
     model, calib, test = example
     budgets = ["accuracy_drop<=90%", "bitops<=1.5%"]
-    cfg = mpq.allocate(model, calib[:1], budgets, "W5A8,W6A2", eval_data=test[:1], progress=False)
+    options = {"estimator": "influence", "progress": False}
+    cfg = mpq.allocate(model, calib[:1], budgets, "W5A8,W6A2", eval_data=test[:1], **options)
     assert cfg.metrics["bitops"]["value"] <= 0.015 * cfg.metrics["bitops"]["float"]
 
 

@@ -79,6 +79,7 @@ def test_minilm(shared_loaders):
     assert evaluate(mpq.quantize(model, cfg), 60)["spearman"] > 30
 
 
+@pytest.mark.slow
 def test_depthwise_network_mixed_beats_uniform(shared_loaders):
     model, calib, evaluate = shared_loaders["mobilenetv2"](256)
     analysis, _ = check_model(model, calib)
