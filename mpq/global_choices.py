@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -22,10 +23,12 @@ from mpq.errors import BudgetError, FormatError, MpqError
 from mpq.problem import Constraint, Ints, PairCosts, Problem, Status, solved
 from mpq.progress import open_bar
 from mpq.quantizers.formats import Scheme, parse_schemes
-from mpq.search import Choices, Evaluations, Ledger, MeasuredSearch, MeasuredSolution
+from mpq.search import Choices, Evaluations, Ledger, MeasuredSearch, MeasuredSolution, Stop
+from mpq.search.interaction import solver_for
 from mpq.sensitivity import SensitivityTable
 from mpq.studies import Evaluate, EvaluatorMeasure, find_search, ledger_context, measure_of
 
+_SECONDS = 10.0  # for what is predicted to be best
 _OF_WEIGHTS = ("granularity", "symmetric")  # fields of a number format
 _OF_ANALYSES = {"weight_range": "weight_range", "activation_range": "activation_range", "samples": "max_samples"}
 
@@ -59,7 +62,7 @@ class GlobalStudy:
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name}={value}" for name, value in self.settings.items())
-        return f"GlobalStudy({chosen}; {self.config.avg_bits:.3f} bits; {self.solution!r})"
+        return f"GlobalStudy({chosen}; {self.config.avg_bits:.3f} bits; {self.quantity} {self.solution.loss:.4g})"
 
 
 class GlobalChoices:
@@ -162,6 +165,8 @@ class GlobalChoices:
     ) -> GlobalStudy:
         """The config and the settings of the least measured loss under budgets.
 
+        The first evaluations change one option at a time of what is predicted to be best; then the search begins.
+
         Args:
             evaluate: A `mpq.Evaluator`, or a function of a `BitConfig` that returns a loss; as for
                 `mpq.Analysis.search`.
@@ -184,6 +189,8 @@ class GlobalChoices:
         title = "measured search of global choices"
         with open_bar(title, progress, evaluations) as bar, Ledger(ledger, context) as kept:
             spent = Evaluations(measure, limit=evaluations, seconds=seconds, ledger=kept, report=bar.update)
+            with suppress(Stop):  # the search meets the same limit, and says so
+                spent.measure(self._one_changed(problem))
             found = find_search(method, seed).search(problem, spent)
         if found.status is Status.INFEASIBLE:
             asked = ", ".join(b.text for b in budgets)
@@ -197,6 +204,19 @@ class GlobalChoices:
         if isinstance(measure, EvaluatorMeasure):
             config = config.with_measured(measure.of(found.pick))
         return GlobalStudy(config, settings, measure.quantity, found, problem, self)
+
+    def _one_changed(self, problem: Problem) -> Ints:
+        """The pick that is predicted to be best with the first options, and the same with each other option of one."""
+        best = solver_for(problem, _SECONDS).solve(problem).pick
+        if best is None:
+            return np.zeros((0, len(problem.loss)), np.int64)
+        counts = [len(values) for values in self._choices.options.values()]
+        first = np.append(best[: -len(counts)], np.zeros(len(counts), np.int64))
+        changed = [(len(first) - len(counts) + i, option) for i, n in enumerate(counts) for option in range(1, n)]
+        picks = np.repeat(first[None], 1 + len(changed), 0)
+        for row, (place, option) in enumerate(changed, 1):
+            picks[row, place] = option
+        return picks
 
     def _analyzed(self, settings: Mapping[str, Any], **options: Any) -> Analysis:
         own = {**self._analysis, **{_OF_ANALYSES[k]: v for k, v in settings.items() if k in _OF_ANALYSES}, **options}

@@ -279,7 +279,9 @@ def test_evaluator_refuses_configs_of_other_models(example, analysis):
 
 
 def test_uniform_needs_a_scheme_open_to_every_group(example):
-    analysis = mpq.analyze(example[0], example[1][:1], "W2A8,W4A8", pin={"fc": "W8A8"}, estimator="influence", progress=False)
+    analysis = mpq.analyze(
+        example[0], example[1][:1], "W2A8,W4A8", pin={"fc": "W8A8"}, estimator="influence", progress=False
+    )
     with pytest.raises(mpq.MpqError, match="W8A8 is not open to every group; uniform schemes here: W2A8, W4A8"):
         analysis.uniform("W8A8")
     assert analysis.uniform("W4A8")["fc"].weight.bits == 8
