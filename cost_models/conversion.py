@@ -71,7 +71,7 @@ def conversions(space: SearchSpace, launch: float = 0.0) -> Conversions:
     own = np.zeros((G, S))
     for t in tensors(graph):
         readers = dict.fromkeys(group_of.get(graph.layers[i].name) for i in t.readers)
-        for p in t.pieces or [None]:
+        for p in t.summands or [None]:  # none: the model's input
             g = None if p is None else _writer(graph.layers[p], group_of)
             elements = work.inputs[t.readers[0]] if p is None else work.outputs[p]
             for h in readers:
