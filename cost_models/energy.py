@@ -86,12 +86,15 @@ def layer_energy(work: Workload, schemes: Sequence[Scheme], device: Device) -> L
 
 
 def energy(space: SearchSpace) -> Cost:
-    """Joules of one run of the searched layers at the device's batch size."""
+    """Joules of one run of the searched layers at the device's batch size; its notes say what else the network does."""
     work = make_workload(space.layers, space.device.setting)
     plain = Scheme(NumberFormat.parse(space.device.float_format))
     reference = float(layer_energy(work, [plain], space.device).total.sum())
     cost = group_sums(space, layer_energy(work, space.schemes, space.device).total)
-    return Cost("energy", "J", cost, 0.0, 1.0, reference)
+    others = {"in skipped layers": space.skipped, "outside the layers": space.graph.outside}
+    macs = {where: sum(x.macs for x in found) for where, found in others.items()}
+    notes = tuple(f"{count:,} multiply-accumulates {where} are not counted" for where, count in macs.items() if count)
+    return Cost("energy", "J", cost, 0.0, 1.0, reference, notes=notes)
 
 
 def on_chip_bytes(device: Device) -> float:

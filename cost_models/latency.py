@@ -75,7 +75,8 @@ def latency(space: SearchSpace) -> Cost:
     """Seconds of one run at the device's setting: searched layers, format changes between them, and the rest as floats.
 
     Skipped layers run in the device's float format. Products outside the layers (attention scores) are taken to be as
-    fast, for each multiply-accumulate, as the network's layers are as floats. Element-wise operations are not timed.
+    fast, for each multiply-accumulate, as the network's layers are as floats; a device without such a kernel times
+    none of them. Element-wise operations are not timed. The notes of the cost say what was left out.
 
     Raises:
         BudgetError: If the device has no figures for time, or a skipped layer has no kernel there.
@@ -88,10 +89,10 @@ def latency(space: SearchSpace) -> Cost:
         pairs, found = PairCosts(between.groups, between.cost), found + between.own
     plain = Scheme(NumberFormat.parse(device.float_format))
     constant = reference = 0.0
+    outside = sum(o.macs for o in graph.outside)
     if device.supports(plain):
         work = make_workload(graph.layers, device.setting)
         seconds = dict(zip((x.name for x in graph), layer_times(work, [plain], device).total[:, 0], strict=True))
-        outside = sum(o.macs for o in graph.outside)
         others = outside / graph.macs * sum(seconds.values()) if graph.macs else 0.0
         constant = sum(seconds[x.name] for x in space.skipped) + others
         reference = sum(seconds.values()) + others
@@ -100,4 +101,6 @@ def latency(space: SearchSpace) -> Cost:
     elif space.skipped:
         name = space.skipped[0].name
         raise BudgetError(f"layer {name!r} is skipped, but {device.name} runs no {device.float_format} layers: pin it")
+    elif outside:
+        notes.append(f"{outside:,} multiply-accumulates outside the layers: no {device.float_format} kernel, not timed")
     return Cost("latency", "s", found, constant, 1.0, reference, pairs, tuple(notes))

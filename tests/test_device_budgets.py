@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import mpq
@@ -74,6 +75,34 @@ def test_results_state_what_the_device_takes(analysis):
     assert {"latency", "energy", "peak_memory"} <= set(cfg.metrics)
     assert cfg.metrics["latency"]["value"] <= (least + most) / 2 * (1 + 1e-9)
     assert cfg.metrics["latency"]["float"] == analysis.cost("latency").reference > 0
+
+
+class Scores(nn.Module):
+    """A product of activations: 3 x 4 x 3 multiply-accumulates that are in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.a(x) @ self.b(x).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("device", ["hexagon_690", "zcu104", "bitfusion"])
+def test_what_a_cost_leaves_out_reaches_the_config(device):
+    """No float kernel: products outside the layers are not timed, and it is said."""
+    found = mpq.analyze(Scores(), torch.randn(4, 3, 4), "W8A8", device=device, progress=False)
+    cfg = found.allocate("size<=100%")
+    noted = cfg.provenance["cost_notes"]
+    assert any("36 multiply-accumulates outside the layers: no fp" in x for x in noted["latency"])
+    assert noted["energy"] == ["36 multiply-accumulates outside the layers are not counted"]
+    assert mpq.BitConfig.from_json(cfg.to_json()).cost_notes == cfg.cost_notes
+    assert repr(cfg).splitlines()[-1] == f"  notes: {cfg.cost_notes}"
+
+
+def test_energy_notes_what_is_skipped():
+    cost = mpq.analyze(Scores(), torch.randn(4, 3, 4), "W8A8", device="t4", skip=["a"], progress=False).cost("energy")
+    assert cost.notes[0] == "48 multiply-accumulates in skipped layers are not counted"
 
 
 def test_a_limit_below_reach_says_what_can_be_reached(analysis):
