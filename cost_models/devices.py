@@ -104,6 +104,29 @@ class Device:
         names = {activation} if scheme.activation is not None else {"float", self.float_format}
         return next((k for k in self.kernels if k.weight == weight and k.activation in names), None)
 
+    def computed(self, scheme: Scheme) -> tuple[NumberFormat, NumberFormat]:
+        """Formats of weights and activations in the arithmetic: the scheme's, or those of the pair that it runs as.
+
+        Activations are held in theirs between layers: what is multiplied as bytes is written as bytes.
+        """
+        kernel = self.kernel(scheme)
+        own = scheme.weight, scheme.activation or NumberFormat.parse(self.float_format)
+        if kernel is None or kernel.runs_as is None:
+            return own
+        weight, activation = (self.float_format if name == "float" else name for name in kernel.runs_as)
+        return _widened(own[0], weight), _widened(own[1], activation)
+
+    def loaded(self, scheme: Scheme, kind: str) -> NumberFormat:
+        """Format of a layer's weights in memory: that of the arithmetic where kernels take no packed weights.
+
+        Args:
+            scheme: What the layer has in the file.
+            kind: ``conv``, ``depthwise``, ``matmul`` or ``embedding``, whose rows stay as they are.
+        """
+        packed = self.figures.get("packed_ops")
+        stays = packed is None or kind in (*packed, "embedding")
+        return scheme.weight if stays else self.computed(scheme)[0]
+
     def supports(self, scheme: Scheme) -> bool:
         """Whether a layer with this scheme has a kernel here."""
         return not self.kernels or self.kernel(scheme) is not None
@@ -134,6 +157,14 @@ def _runs(names: Sequence[str]) -> str:
         else:
             found.append([name])
     return "/".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else "/".join(run) for run in found)
+
+
+def _widened(fmt: NumberFormat, name: str) -> NumberFormat:
+    """A format in the bits of a wider one; integers keep their scales."""
+    wide = NumberFormat.parse(name)
+    if wide.bits <= fmt.bits:
+        return fmt
+    return wide if wide.family == "float" else replace(fmt, bits=wide.bits)
 
 
 def base_name(fmt: NumberFormat | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -55,6 +56,13 @@ class Workload:
     def depthwise(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Whether a layer is a depthwise convolution ``[L]``."""
         return (self.blocks > 1) & (self.columns <= 2)
+
+    @cached_property
+    def kinds(self) -> np.ndarray[tuple[int, ...], np.dtype[np.str_]]:
+        """What kernels tell apart: ``conv``, ``depthwise``, ``matmul`` or ``embedding`` ``[L]``."""
+        embedding = [x.op == "embedding" for x in self.layers]
+        conv = [x.op.startswith("conv") for x in self.layers]
+        return np.select([embedding, self.depthwise, conv], ["embedding", "depthwise", "conv"], "matmul")
 
 
 def make_workload(layers: Sequence[LayerSpec], setting: Setting | None = None) -> Workload:

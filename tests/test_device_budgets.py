@@ -9,6 +9,8 @@ from torch import nn
 
 import mpq
 from mpq.cost_models import COST_MODELS, default_costs, find_device
+from mpq.cost_models.energy import layer_energy
+from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.problem import Status
 from mpq.testing import tiny_network
@@ -98,6 +100,32 @@ def test_what_a_cost_leaves_out_reaches_the_config(device):
     assert noted["energy"] == ["36 multiply-accumulates outside the layers are not counted"]
     assert mpq.BitConfig.from_json(cfg.to_json()).cost_notes == cfg.cost_notes
     assert repr(cfg).splitlines()[-1] == f"  notes: {cfg.cost_notes}"
+
+
+@pytest.mark.parametrize("device", ["x86_vnni", "hexagon_690"])
+def test_what_runs_as_bytes_costs_as_bytes(device):
+    """Neither has 4-bit activations, nor takes packed weights in convolutions; the file is smaller all the same."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 2))
+    space = mpq.analyze(net, torch.randn(4, 4, 6, 6), SCHEMES, device=device, progress=False).space
+    for name in ("energy", "peak_memory", "resident_bytes", "latency"):
+        cost = COST_MODELS[name](space)
+        narrow, wide = cost.rows[:, 0], cost.rows[:, 1]
+        np.testing.assert_array_equal(narrow, wide, name)
+        assert wide.any()
+        assert name != "latency" or not cost.pairs.cost.any()  # both are bytes: nothing to convert
+    assert COST_MODELS["size"](space).total([0, 0, 0]) < COST_MODELS["resident_bytes"](space).total([0, 0, 0])
+
+
+def test_kernels_that_take_packed_weights_hold_them_packed():
+    """A product on x86_vnni: int4 weights stay so, activations are bytes."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    space = mpq.analyze(net, torch.randn(4, 64), SCHEMES, device="x86_vnni", progress=False).space
+    work = make_workload(space.layers)
+    parts = layer_energy(work, space.schemes, space.device)
+    for same in (parts.products, parts.sums, parts.activations):
+        np.testing.assert_array_equal(same[:, 0], same[:, 1])
+    assert (parts.weights[:, 0] < parts.weights[:, 1]).all()
+    np.testing.assert_array_equal(COST_MODELS["resident_bytes"](space).cost, COST_MODELS["size"](space).cost)
 
 
 def test_energy_notes_what_is_skipped():
