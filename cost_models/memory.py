@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from mpq.cost_models.kv_cache import asked_cache
 from mpq.cost_models.liveness import tensors
 from mpq.cost_models.size import stored_bytes, whole_model
 from mpq.cost_models.table import Cost
 from mpq.cost_models.workload import make_workload
 from mpq.problem import Floats
+from mpq.quantizers.formats import NumberFormat
 from mpq.space import SearchSpace
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
@@ -22,8 +25,16 @@ def resident_bytes(space: SearchSpace) -> Cost:
     """Bytes of all parameters on the device, each tensor rounded up to the device's alignment.
 
     Weights that the device widens when it loads them (`mpq.cost_models.devices.Device.loaded`) count as they are then.
+    A setting with a context, or that decodes, has a key-value cache on top, in the device's float format.
     """
-    return whole_model(space, "resident_bytes", stored_bytes(space, space.device.alignment, loaded=True))
+    device = space.device
+    cost = whole_model(space, "resident_bytes", stored_bytes(space, device.alignment, loaded=True))
+    cache, missing = asked_cache(space.graph, device.setting)
+    if cache is None:
+        return replace(cost, notes=(missing,) if missing else ())
+    held = cache.size_bytes(NumberFormat.parse(device.float_format), device.setting)
+    note = f"{held:,.0f} bytes of it are the key-value cache in {device.float_format}"
+    return replace(cost, constant=cost.constant + held, reference=cost.reference + held, notes=(note,))
 
 
 def active_bytes(space: SearchSpace) -> Cost:
