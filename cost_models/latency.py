@@ -76,6 +76,8 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
 def latency(space: SearchSpace) -> Cost:
     """Seconds of one run at the device's setting: searched layers, format changes between them, and the rest as floats.
 
+    On an FPGA it is the interval between two results of a pipeline, not the time from input to result.
+
     Skipped layers run in the device's float format. Products outside the layers (attention scores) are taken to be as
     fast, for each multiply-accumulate, as the network's layers are as floats; a device without such a kernel times
     none of them. A setting with a context, or that decodes, pays for the traffic of the key-value cache, in the float
@@ -87,6 +89,8 @@ def latency(space: SearchSpace) -> Cost:
     device = space.device
     found = group_sums(space, layer_times(make_workload(space.layers, device.setting), space.schemes, device).total)
     pairs, notes = None, ["element-wise operations and normalisation are not timed"]
+    if device.kind == "fpga":
+        notes += import_module(KINDS["fpga"]).notes(space)
     if device.kind in _CONVERTING:
         between = conversions(space, device.figures.get("launch", 0.0))
         pairs, found = PairCosts(between.groups, between.cost), found + between.own
