@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import jsonschema
 
 from mpq.errors import FormatError
 from mpq.quantizers.formats import NumberFormat, Scheme
+
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ class Setting:
     tokens: int | None = None
     context: int = 0
 
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise FormatError(f"no phase {self.phase!r} of a device's setting; there are {' and '.join(PHASES)}")
+        for name, value, least in (("batch", self.batch, 1), ("tokens", self.tokens, 1), ("context", self.context, 0)):
+            if value is not None and value < least:
+                raise FormatError(f"{name} of a device's setting must be at least {least}, not {value}")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -101,7 +111,8 @@ class Device:
     def kernel(self, scheme: Scheme) -> Kernel | None:
         """The kernel that runs a layer with this scheme; None where there is none, or no figures at all."""
         weight, activation = base_name(scheme.weight), base_name(scheme.activation)
-        names = {activation} if scheme.activation is not None else {"float", self.float_format}
+        stays_float = {"float", self.float_format}
+        names = stays_float if activation in stays_float else {activation}
         return next((k for k in self.kernels if k.weight == weight and k.activation in names), None)
 
     def computed(self, scheme: Scheme) -> tuple[NumberFormat, NumberFormat]:
@@ -196,26 +207,33 @@ def load_device(path: str | Path) -> Device:
 def find_device(device: str | Device) -> Device:
     """A device by name, by the path of its profile, or itself.
 
-    A name takes settings behind colons: ``t4:batch=8``, ``a100:decode:context=2048``.
+    A name or path takes settings behind colons: ``t4:batch=8``, ``a100:decode:context=2048``, ``mine.json:batch=8``.
 
     Raises:
         FormatError: If there is no such profile, or a setting is unknown.
     """
     if isinstance(device, Device):
         return device
-    if device.endswith(".json"):
-        return load_device(device)
-    name, *options = device.split(":")
+    path, suffix, settings = device.rpartition(".json")
+    if suffix and settings[:1] in ("", ":"):
+        found, options = load_device(path + suffix), settings.split(":")[1:]
+    else:
+        name, *options = device.split(":")
+        found = _shipped(name)
+    return found.at(**dict(_setting(device, option) for option in options))
+
+
+def _shipped(name: str) -> Device:
     if name not in all_devices():
         near = get_close_matches(name, all_devices(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(all_devices())}, or a path to a .json file"
         raise FormatError(f"unknown device {name!r}; {hint}")
-    return all_devices()[name].at(**dict(_setting(device, option) for option in options))
+    return all_devices()[name]
 
 
 def _setting(device: str, option: str) -> tuple[str, Any]:
     key, _, value = option.partition("=")
-    if option in ("prefill", "decode"):
+    if option in PHASES:
         return "phase", option
     if key in ("batch", "tokens", "context") and value.isdecimal() and (int(value) or key == "context"):
         return key, int(value)
@@ -244,6 +262,11 @@ def _parse(text: str, origin: str) -> Device:
         for k in data["kernels"]
     )
     memory = tuple(Memory(m["name"], m.get("size_bytes", math.inf), m["bandwidth"]) for m in data.get("memory", ()))
+    for inner, outer in pairwise(memory):
+        if inner.size_bytes >= outer.size_bytes:
+            raise FormatError(
+                f"{origin}: memory: {inner.name} is no smaller than {outer.name}; list the innermost first"
+            )
     return Device(
         data["name"],
         data["kind"],

@@ -1,6 +1,8 @@
 """Latency, energy and memory as budgets on a device, together and solved exactly; estimates explained."""
 
 import itertools
+import json
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mpq.cost_models.energy import layer_energy
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.problem import Status
+from mpq.quantizers.formats import Scheme
 from mpq.testing import tiny_network
 
 SCHEMES = "W4A4,W8A8"
@@ -185,6 +188,42 @@ def test_device_settings_are_read_from_its_name():
     for wrong in ("a100:batch=0", "a100:fast", "a100:batch=x"):
         with pytest.raises(FormatError, match="no setting"):
             find_device(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": -3}, {"phase": "decoding"}, {"tokens": 0}, {"context": -1}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(FormatError, match=f"{next(iter(wrong))}.* of a device's setting"):
+        find_device("t4").at(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("zcu104", lambda d: d.pop("memory"), "'memory' is a required property"),
+        ("zcu104", lambda d: d["memory"].clear(), "memory: .* should be non-empty"),
+        ("zcu104", lambda d: d["figures"]["dsp_packing"].update({"8": 0}), "dsp_packing.8: 0 is less than the minimum"),
+        ("t4", lambda d: d["memory"].pop(), "memory: .* is too short"),
+        ("x86_vnni", lambda d: d["memory"].reverse(), "memory: dram is no smaller than l3; list the innermost first"),
+        ("x86_vnni", lambda d: d["kernels"][0].update(weight="itn8"), "kernels.0.weight: 'itn8' does not match"),
+        ("x86_vnni", lambda d: d["kernels"][2].update(runs_as=["int8", "int99"]), "kernels.2.runs_as.1: 'int99'"),
+    ],
+)
+def test_profiles_that_no_model_could_read_are_refused(tmp_path, name, change, message):
+    data = json.loads(resources.files("mpq.cost_models").joinpath(f"{name}.json").read_text("utf8"))
+    change(data)
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    with pytest.raises(FormatError, match=message):
+        find_device(f"{tmp_path}/mine.json")
+
+
+@pytest.mark.parametrize(
+    ("device", "same"), [("x86_vnni", "W32"), ("cortex_m7", "W32"), ("hexagon_htp", "W16"), ("t4", "W16")]
+)
+def test_activations_in_the_float_format_are_those_that_stay_float(device, same):
+    found = find_device(device)
+    explicit = found.kernel(Scheme.parse(f"{same}A{same[1:]}"))
+    assert explicit is not None
+    assert explicit == found.kernel(Scheme.parse(same))
 
 
 def test_estimates_explain_what_binds():
