@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -188,7 +189,7 @@ def all_devices() -> dict[str, Device]:
     """All shipped profiles by name."""
     folder = resources.files("mpq.cost_models")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return {d.name: d for d in (_parse(f.read_text("utf8"), f.name) for f in files)}
+    return {d.name: d for d in (parse_device(f.read_text("utf8"), f.name) for f in files)}
 
 
 def load_device(path: str | Path) -> Device:
@@ -201,7 +202,7 @@ def load_device(path: str | Path) -> Device:
         text = Path(path).read_text("utf8")
     except OSError as error:
         raise FormatError(f"can't read the device profile {path}: {error.strerror}") from None
-    return _parse(text, str(path))
+    return parse_device(text, str(path))
 
 
 def find_device(device: str | Device) -> Device:
@@ -243,12 +244,31 @@ def _setting(device: str, option: str) -> tuple[str, Any]:
 
 
 @cache
+def _schema() -> Any:
+    return json.loads(resources.files("mpq.schema").joinpath("device-1.json").read_text("utf8"))
+
+
+@cache
 def _validator() -> jsonschema.Draft202012Validator:
-    text = resources.files("mpq.schema").joinpath("device-1.json").read_text("utf8")
-    return jsonschema.Draft202012Validator(json.loads(text))
+    return jsonschema.Draft202012Validator(_schema())
 
 
-def _parse(text: str, origin: str) -> Device:
+def check_name(name: str) -> None:
+    """Check the name of a new profile.
+
+    Raises:
+        FormatError: If the schema does not take it.
+    """
+    if not re.search(_schema()["properties"]["name"]["pattern"], name):
+        raise FormatError(f"{name!r} is no name for a device: small letters, digits, '.', '_' and '-', like my_cpu")
+
+
+def parse_device(text: str, origin: str) -> Device:
+    """A device from the text of a profile.
+
+    Raises:
+        FormatError: If it is no profile; the message begins with the origin and names the field.
+    """
     try:
         data = json.loads(text)
     except ValueError as error:
