@@ -44,11 +44,12 @@ class Conversions:
 def conversions(space: SearchSpace, launch: float = 0.0) -> Conversions:
     """Seconds of all format changes between layers.
 
-    A layer leaves its output in the activation format that it computes in. Where the reader takes another, a pass reads
-    the tensor and writes it again, at the bandwidth of the outermost memory; the same pass changes the layout. A tensor
-    with several readers is converted once for each format. Of a sum or a concatenation each part is converted; what a
-    shortcut carries on costs nothing, as the kernel that adds rescales its operands (see `mpq.cost_models.liveness` for
-    what is known of tensors between layers). Activations that are not quantized are in the device's float format.
+    A layer leaves its output in the activation format that it computes in, which can be wider than its scheme's. Where
+    the reader takes another, a pass reads the tensor and writes it again, at the bandwidth of the outermost memory; the
+    same pass changes the layout. A tensor with several readers is converted once for each format. Of a sum or a
+    concatenation each part is converted; what a shortcut carries on costs nothing, as the kernel that adds rescales its
+    operands (see `mpq.cost_models.liveness` for what is known of tensors between layers). Activations that are not
+    quantized are in the device's float format.
 
     Args:
         space: With a device that has a bandwidth.
@@ -64,14 +65,14 @@ def conversions(space: SearchSpace, launch: float = 0.0) -> Conversions:
     group_of = {x.name: g for g, group in enumerate(space.groups) for x in group.layers}
     work = make_workload(graph.layers, device.setting)
     plain = NumberFormat.parse(device.float_format)
-    formats = [s.activation or plain for s in space.schemes]
+    formats = [device.computed(s)[1] for s in space.schemes]
     sides = {True: [plain] * S, False: formats}
     passes = {(a, b): _Passes(sides[a], sides[b], launch, device) for a in sides for b in sides}
     found: dict[tuple[int, int], Floats] = defaultdict(lambda: np.zeros((S, S)))
     own = np.zeros((G, S))
     for t in tensors(graph):
         readers = dict.fromkeys(group_of.get(graph.layers[i].name) for i in t.readers)
-        for p in t.pieces or [None]:
+        for p in t.summands or [None]:  # none: the model's input
             g = None if p is None else _writer(graph.layers[p], group_of)
             elements = work.inputs[t.readers[0]] if p is None else work.outputs[p]
             for h in readers:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import jsonschema
 
 from mpq.errors import FormatError
 from mpq.quantizers.formats import NumberFormat, Scheme
+
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ class Setting:
     tokens: int | None = None
     context: int = 0
 
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise FormatError(f"no phase {self.phase!r} of a device's setting; there are {' and '.join(PHASES)}")
+        for name, value, least in (("batch", self.batch, 1), ("tokens", self.tokens, 1), ("context", self.context, 0)):
+            if value is not None and value < least:
+                raise FormatError(f"{name} of a device's setting must be at least {least}, not {value}")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -101,8 +112,32 @@ class Device:
     def kernel(self, scheme: Scheme) -> Kernel | None:
         """The kernel that runs a layer with this scheme; None where there is none, or no figures at all."""
         weight, activation = base_name(scheme.weight), base_name(scheme.activation)
-        names = {activation} if scheme.activation is not None else {"float", self.float_format}
+        stays_float = {"float", self.float_format}
+        names = stays_float if activation in stays_float else {activation}
         return next((k for k in self.kernels if k.weight == weight and k.activation in names), None)
+
+    def computed(self, scheme: Scheme) -> tuple[NumberFormat, NumberFormat]:
+        """Formats of weights and activations in the arithmetic: the scheme's, or those of the pair that it runs as.
+
+        Activations are held in theirs between layers: what is multiplied as bytes is written as bytes.
+        """
+        kernel = self.kernel(scheme)
+        own = scheme.weight, scheme.activation or NumberFormat.parse(self.float_format)
+        if kernel is None or kernel.runs_as is None:
+            return own
+        weight, activation = (self.float_format if name == "float" else name for name in kernel.runs_as)
+        return _widened(own[0], weight), _widened(own[1], activation)
+
+    def loaded(self, scheme: Scheme, kind: str) -> NumberFormat:
+        """Format of a layer's weights in memory: that of the arithmetic where kernels take no packed weights.
+
+        Args:
+            scheme: What the layer has in the file.
+            kind: ``conv``, ``depthwise``, ``matmul`` or ``embedding``, whose rows stay as they are.
+        """
+        packed = self.figures.get("packed_ops")
+        stays = packed is None or kind in (*packed, "embedding")
+        return scheme.weight if stays else self.computed(scheme)[0]
 
     def supports(self, scheme: Scheme) -> bool:
         """Whether a layer with this scheme has a kernel here."""
@@ -136,6 +171,14 @@ def _runs(names: Sequence[str]) -> str:
     return "/".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else "/".join(run) for run in found)
 
 
+def _widened(fmt: NumberFormat, name: str) -> NumberFormat:
+    """A format in the bits of a wider one; integers keep their scales."""
+    wide = NumberFormat.parse(name)
+    if wide.bits <= fmt.bits:
+        return fmt
+    return wide if wide.family == "float" else replace(fmt, bits=wide.bits)
+
+
 def base_name(fmt: NumberFormat | None) -> str:
     """Name of a format without its options; ``float`` for what is not quantized."""
     return "float" if fmt is None else fmt.name.split(":")[0]
@@ -146,7 +189,7 @@ def all_devices() -> dict[str, Device]:
     """All shipped profiles by name."""
     folder = resources.files("mpq.cost_models")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return {d.name: d for d in (_parse(f.read_text("utf8"), f.name) for f in files)}
+    return {d.name: d for d in (parse_device(f.read_text("utf8"), f.name) for f in files)}
 
 
 def load_device(path: str | Path) -> Device:
@@ -159,32 +202,39 @@ def load_device(path: str | Path) -> Device:
         text = Path(path).read_text("utf8")
     except OSError as error:
         raise FormatError(f"can't read the device profile {path}: {error.strerror}") from None
-    return _parse(text, str(path))
+    return parse_device(text, str(path))
 
 
 def find_device(device: str | Device) -> Device:
     """A device by name, by the path of its profile, or itself.
 
-    A name takes settings behind colons: ``t4:batch=8``, ``a100:decode:context=2048``.
+    A name or path takes settings behind colons: ``t4:batch=8``, ``a100:decode:context=2048``, ``mine.json:batch=8``.
 
     Raises:
         FormatError: If there is no such profile, or a setting is unknown.
     """
     if isinstance(device, Device):
         return device
-    if device.endswith(".json"):
-        return load_device(device)
-    name, *options = device.split(":")
+    path, suffix, settings = device.rpartition(".json")
+    if suffix and settings[:1] in ("", ":"):
+        found, options = load_device(path + suffix), settings.split(":")[1:]
+    else:
+        name, *options = device.split(":")
+        found = _shipped(name)
+    return found.at(**dict(_setting(device, option) for option in options))
+
+
+def _shipped(name: str) -> Device:
     if name not in all_devices():
         near = get_close_matches(name, all_devices(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(all_devices())}, or a path to a .json file"
         raise FormatError(f"unknown device {name!r}; {hint}")
-    return all_devices()[name].at(**dict(_setting(device, option) for option in options))
+    return all_devices()[name]
 
 
 def _setting(device: str, option: str) -> tuple[str, Any]:
     key, _, value = option.partition("=")
-    if option in ("prefill", "decode"):
+    if option in PHASES:
         return "phase", option
     if key in ("batch", "tokens", "context") and value.isdecimal() and (int(value) or key == "context"):
         return key, int(value)
@@ -194,12 +244,31 @@ def _setting(device: str, option: str) -> tuple[str, Any]:
 
 
 @cache
+def _schema() -> Any:
+    return json.loads(resources.files("mpq.schema").joinpath("device-1.json").read_text("utf8"))
+
+
+@cache
 def _validator() -> jsonschema.Draft202012Validator:
-    text = resources.files("mpq.schema").joinpath("device-1.json").read_text("utf8")
-    return jsonschema.Draft202012Validator(json.loads(text))
+    return jsonschema.Draft202012Validator(_schema())
 
 
-def _parse(text: str, origin: str) -> Device:
+def check_name(name: str) -> None:
+    """Check the name of a new profile.
+
+    Raises:
+        FormatError: If the schema does not take it.
+    """
+    if not re.search(_schema()["properties"]["name"]["pattern"], name):
+        raise FormatError(f"{name!r} is no name for a device: small letters, digits, '.', '_' and '-', like my_cpu")
+
+
+def parse_device(text: str, origin: str) -> Device:
+    """A device from the text of a profile.
+
+    Raises:
+        FormatError: If it is no profile; the message begins with the origin and names the field.
+    """
     try:
         data = json.loads(text, parse_constant=_no_number)
     except ValueError as error:
@@ -213,6 +282,11 @@ def _parse(text: str, origin: str) -> Device:
         for k in data["kernels"]
     )
     memory = tuple(Memory(m["name"], m.get("size_bytes", math.inf), m["bandwidth"]) for m in data.get("memory", ()))
+    for inner, outer in pairwise(memory):
+        if inner.size_bytes >= outer.size_bytes:
+            raise FormatError(
+                f"{origin}: memory: {inner.name} is no smaller than {outer.name}; list the innermost first"
+            )
     return Device(
         data["name"],
         data["kind"],

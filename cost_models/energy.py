@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,27 +59,28 @@ class LayerEnergy:
 def layer_energy(work: Workload, schemes: Sequence[Scheme], device: Device) -> LayerEnergy:
     """Energy of each layer under each scheme, in a 45 nm process whatever the device (`mpq.cost_models.operations`).
 
-    Of the device it takes only the format of what stays float and the size of its on-chip memory: an input or output
-    that fits there stays there. An output is written in the layer's activation format, which stands for that of the
-    next layer. Leakage, control and the registers within an array are not counted: what is meant is how schemes
-    compare, not watts.
+    Of the device it takes the formats that a scheme is computed and held in there, that of what stays float, and the
+    size of the on-chip memory: an input or output that fits there stays there. An output is written in the format of
+    the layer's arithmetic, which stands for that of the next layer. Leakage, control and the registers within an array
+    are not counted: what is meant is how schemes compare, not watts.
 
     Raises:
         BudgetError: If a format has no energy.
     """
     plain = NumberFormat.parse(device.float_format)
-    acts = [s.activation or plain for s in schemes]
+    pairs = [device.computed(s) for s in schemes]
     macs = work.macs[:, None]
-    products = macs * np.array([multiply(s.weight, a) for s, a in zip(schemes, acts, strict=True)])
+    products = macs * np.array([multiply(w, a) for w, a in pairs])
     powers = np.maximum(np.ceil(np.log2(np.maximum(work.depth, 1))), 0).astype(int)
-    table = np.array([[accumulate(s.weight, a, 2**p) for s, a in zip(schemes, acts, strict=True)] for p in range(40)])
+    table = np.array([[accumulate(w, a, 2**p) for w, a in pairs] for p in range(40)])
     sums = macs * table[powers]
-    widened = [s.activation is None and s.weight.family != "float" for s in schemes]
-    widening = work.weights[:, None] * work.calls[:, None] * np.array(widened)
+    read, floats = _loaded(work, schemes, device)
+    unpacked = np.array([s.activation is None for s in schemes]) & ~floats
+    widening = work.weights[:, None] * work.calls[:, None] * unpacked
     size = on_chip_bytes(device)
     near = float(sram_pj_per_bit(size))
-    weights = _stored_bits(work, schemes) * (near + DRAM_PJ_PER_BIT)
-    bits = np.array([a.bits for a in acts], np.float64)
+    weights = read * (near + DRAM_PJ_PER_BIT)
+    bits = np.array([a.bits for _, a in pairs], np.float64)
     tensors = [work.inputs[:, None] * bits * (macs > 0), work.outputs[:, None] * bits]
     activations = sum(t * (near + DRAM_PJ_PER_BIT * (t > 8 * size)) for t in tensors) * work.calls[:, None]
     parts = (products, sums, widening * float_multiply(plain.exponent, plain.mantissa), weights, activations)
@@ -86,12 +88,17 @@ def layer_energy(work: Workload, schemes: Sequence[Scheme], device: Device) -> L
 
 
 def energy(space: SearchSpace) -> Cost:
-    """Joules of one run of the searched layers at the device's batch size."""
+    """Joules of one run of the searched layers at the device's batch size; its notes say what else the network does."""
     work = make_workload(space.layers, space.device.setting)
     plain = Scheme(NumberFormat.parse(space.device.float_format))
     reference = float(layer_energy(work, [plain], space.device).total.sum())
     cost = group_sums(space, layer_energy(work, space.schemes, space.device).total)
-    return Cost("energy", "J", cost, 0.0, 1.0, reference)
+    macs = {
+        "in skipped layers": sum(x.macs for x in space.skipped),
+        "outside the layers": sum(x.macs for x in space.graph.outside),
+    }
+    notes = tuple(f"{count:,} multiply-accumulates {where} are not counted" for where, count in macs.items() if count)
+    return Cost("energy", "J", cost, 0.0, 1.0, reference, notes=notes)
 
 
 def on_chip_bytes(device: Device) -> float:
@@ -106,9 +113,22 @@ def on_chip_bytes(device: Device) -> float:
     return float(_LARGEST)
 
 
-def _stored_bits(work: Workload, schemes: Sequence[Scheme]) -> Floats:
-    """Bits of the weights that all calls read, with scales ``[L, S]``; an embedding reads the rows that it looks up."""
-    formats = dict.fromkeys(s.weight for s in schemes)
-    bits = {f: np.array([f.storage_bits(x.rows_shape) for x in work.layers], np.float64) for f in formats}
+def _loaded(
+    work: Workload, schemes: Sequence[Scheme], device: Device
+) -> tuple[Floats, np.ndarray[tuple[int, ...], np.dtype[np.bool_]]]:
+    """Bits of the weights that all calls read, with scales, and whether they are floats ``[L, S]`` each.
+
+    An embedding reads the rows that it looks up.
+    """
     share = np.where(work.macs == 0, work.rows * work.depth / work.weights, 1.0) * work.calls
-    return np.stack([bits[s.weight] for s in schemes], 1) * share[:, None]
+
+    @cache
+    def stored(fmt: NumberFormat) -> Floats:
+        return np.array([fmt.storage_bits(x.rows_shape) for x in work.layers], np.float64) * share
+
+    bits, floats = np.zeros((2, len(work), len(schemes)))
+    for s, scheme in enumerate(schemes):
+        for kind in np.unique(work.kinds):
+            fmt, of_kind = device.loaded(scheme, str(kind)), work.kinds == kind
+            bits[of_kind, s], floats[of_kind, s] = stored(fmt)[of_kind], fmt.family == "float"
+    return bits, floats > 0

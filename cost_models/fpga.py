@@ -14,11 +14,15 @@ from mpq.cost_models.devices import Device
 from mpq.cost_models.latency import LayerTimes
 from mpq.cost_models.workload import Workload
 from mpq.errors import BudgetError
+from mpq.layers import stored_parameters
 from mpq.problem import Floats, Ints
 from mpq.quantizers.formats import Scheme
+from mpq.space import SearchSpace
+from mpq.units import si
 
 RESOURCES = ("luts", "dsps", "bram18", "urams")
 _WEIGHTS_IN = ("luts", "bram18", "urams")
+_MEMORY_BITS = {"luts": 64, "bram18": 18 * 1024, "urams": 288 * 1024}
 _PRICE_ROUNDS, _PRICE_STEP = 60, 0.2
 
 
@@ -51,6 +55,25 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
 def usable(device: Device) -> dict[str, float]:
     """What a design may use of each resource."""
     return {r: math.floor(device.figures[r] * device.figures["usable"][r]) for r in RESOURCES}
+
+
+def notes(space: SearchSpace) -> list[str]:
+    """What a latency on an FPGA means here, and whether the weights can't fit on the chip whatever is picked."""
+    found = [
+        "FPGA: the seconds between two results of an ideal pipeline, not from input to result; "
+        "mpq.cost_models.fpga.pipeline folds a config and gives both"
+    ]
+    limits = usable(space.device)
+    holds = sum(limits[name] * bits for name, bits in _MEMORY_BITS.items()) / 8
+    bits = np.array([s.weight.bits for s in space.schemes], np.float64)
+    kept = [stored_parameters(x for x in g.layers if x.op != "embedding") for g in space.groups]
+    least = float(np.array(kept) @ np.where(space.allowed, bits, np.inf).min(1)) / 8
+    if least > holds:
+        found.append(
+            f"even the smallest weights, {si(least, 'B')}, are {least / holds:.0%} of what block RAM, UltraRAM and "
+            f"look-up tables of {space.device.name} can hold ({si(holds, 'B')}): no pipeline fits"
+        )
+    return found
 
 
 def dsp_packing(weight_bits: ArrayLike, activation_bits: ArrayLike, device: Device) -> Floats:

@@ -124,7 +124,7 @@ def _traffic(
     """Bytes of one call; an embedding reads whole numbers of 8 bytes and the rows that they name."""
     float_bits = NumberFormat.parse(device.float_format).bits
     if scheme.activation is not None:
-        bits = float(scheme.activation.bits)
+        bits = float(device.computed(scheme)[1].bits)
     else:
         bits = float(max(float_bits, 32 if kernel.weight == "fp32" else 0))
     written = device.figures["output_bits"] if _is_integer(kernel) else max(bits, float_bits)

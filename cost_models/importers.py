@@ -166,19 +166,21 @@ def from_tvm(path: str | Path) -> Rows:
     """Best kernel of each workload in an AutoTVM log (``conv2d`` in NCHW and ``dense``).
 
     Raises:
-        FormatError: If no line holds a workload that is understood.
+        FormatError: If a line is no record of AutoTVM, or none holds a workload that is understood.
     """
     best: dict[str, dict[str, Any]] = {}
     other: set[str] = set()
-    for line in Path(path).read_text("utf8").splitlines():
-        record = json.loads(line) if line.startswith("{") else {}
-        if "input" not in record or record["result"][1] != 0:
+    for number, line in enumerate(Path(path).read_text("utf8").splitlines(), 1):
+        try:
+            found = _tvm_record(line)
+        except (ValueError, LookupError, TypeError) as error:
+            raise FormatError(f"{path}, line {number}: no record of AutoTVM: {error!r}") from None
+        if found is None:
             continue
-        row = _tvm_row(record["input"][1], record["input"][2])
+        task, row = found
         if row is None:
-            other.add(record["input"][1])
+            other.add(task)
             continue
-        row["seconds"] = float(np.mean(record["result"][0]))
         key = json.dumps({k: v for k, v in row.items() if k != "seconds"})
         if key not in best or row["seconds"] < best[key]["seconds"]:
             best[key] = row
@@ -187,6 +189,16 @@ def from_tvm(path: str | Path) -> Rows:
     if not best:
         raise FormatError(f"{path}: no conv2d in NCHW and no dense workload in this AutoTVM log")
     return list(best.values())
+
+
+def _tvm_record(line: str) -> tuple[str, dict[str, Any] | None] | None:
+    """Task and row of a line, no row for a workload of another kind; None for a run that failed, or other text."""
+    record = json.loads(line) if line.startswith("{") else {}
+    if "input" not in record or record["result"][1] != 0:
+        return None
+    task, args = record["input"][1:3]
+    row = _tvm_row(task, args)
+    return task, row and row | {"seconds": float(np.mean(record["result"][0]))}
 
 
 def _tvm_row(task: str, args: list[Any]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpq.cost_models.devices import Device, Setting
+from mpq.cost_models.workload import calibration_tokens
 from mpq.errors import BudgetError, GraphError
 from mpq.layers import LayerGraph, LayerSpec
 from mpq.quantizers.formats import NumberFormat
@@ -25,6 +26,7 @@ class KvCache:
 
     Attributes:
         kept: Projection -> elements that it adds for one token: keys, values or both.
+        tokens: Tokens of a sample of the calibration data: what a prefill adds where its setting names no number.
 
     Example:
         >>> cache = KvCache({"h.0.attn.k_proj": 1024, "h.0.attn.v_proj": 1024})
@@ -33,6 +35,7 @@ class KvCache:
     """
 
     kept: Mapping[str, int]
+    tokens: float | None = None
 
     @property
     def elements(self) -> int:
@@ -44,8 +47,15 @@ class KvCache:
         return sum(fmt.storage_bits((1, count)) for count in self.kept.values()) / 8
 
     def size_bytes(self, fmt: NumberFormat, setting: Setting) -> float:
-        """Bytes of the cache of all samples once the tokens of this call are in it (``tokens``; one when decoding)."""
-        return self.bytes_per_token(fmt) * setting.batch * (setting.context + _new_tokens(setting))
+        """Bytes of the cache of all samples once the tokens of this call are in it (``tokens``; one when decoding).
+
+        Raises:
+            BudgetError: If neither the setting nor the cache knows how many tokens a prefill has.
+        """
+        new = 1 if setting.phase == "decode" else setting.tokens or self.tokens
+        if new is None:
+            raise BudgetError("a prefill needs its number of tokens: give the device tokens=N, or the cache `tokens`")
+        return self.bytes_per_token(fmt) * setting.batch * (setting.context + new)
 
     def seconds(self, fmt: NumberFormat, device: Device) -> float:
         """Seconds of one call that go to the cache's traffic with main memory, the same whatever the layers' schemes.
@@ -55,7 +65,7 @@ class KvCache:
         prefill makes and uses at once stay on the chip.
 
         Raises:
-            BudgetError: If the profile has no memory.
+            BudgetError: If the profile has no memory, or the number of tokens is not known.
         """
         if not device.memory:
             raise BudgetError(f"device {device.name!r} has no figures for memory; `mpq devices` lists those that have")
@@ -80,7 +90,17 @@ def find_kv_cache(graph: LayerGraph) -> KvCache:
             "no projection to keys or values found: none of the linear layers is called k_proj, v_proj, key, value, "
             "qkv, c_attn, in_proj or the like; make `KvCache({name: elements per token})` yourself"
         )
-    return KvCache(found)
+    return KvCache(found, calibration_tokens([graph[name] for name in found]))
+
+
+def asked_cache(graph: LayerGraph, setting: Setting) -> tuple[KvCache | None, str]:
+    """The cache that a setting asks for, None where it has no context and decodes nothing; and why one is missing."""
+    if setting.phase == "prefill" and not setting.context:
+        return None, ""
+    try:
+        return find_kv_cache(graph), ""
+    except GraphError as error:
+        return None, f"no key-value cache is counted: {error}" if setting.context else ""
 
 
 def _kept(layer: LayerSpec) -> int:
@@ -99,7 +119,3 @@ def _kept(layer: LayerSpec) -> int:
             f"outputs are not more than its {inputs} inputs; make `KvCache({{name: elements per token}})` yourself"
         )
     return outputs - inputs
-
-
-def _new_tokens(setting: Setting) -> int:
-    return 1 if setting.phase == "decode" else setting.tokens or 0

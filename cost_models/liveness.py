@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpq.layers import LayerGraph
@@ -17,12 +17,15 @@ class Tensor:
         pieces: Layers whose outputs it is made of (a sum, a concatenation, or one output); none for the model's input.
         ready: Step at which its last piece is written; -1 for the model's input.
         last: Last step that needs it: its last reader, or the end of the sum that it is carried into by a shortcut.
+        summands: Layers in whose formats its parts come: its pieces; where all that it is made of is carried over (a
+            sum of tensors that layers also read one by one), the summands of those tensors.
     """
 
     readers: tuple[int, ...]
     pieces: tuple[int, ...]
     ready: int
     last: int
+    summands: tuple[int, ...]
 
 
 def tensors(graph: LayerGraph) -> tuple[Tensor, ...]:
@@ -44,19 +47,35 @@ def tensors(graph: LayerGraph) -> tuple[Tensor, ...]:
         # Recurrent calls give edges from later layers; a tensor is made of what runs before its first reader.
         made_of.append(frozenset(p for p in before if p < found[0]))
     heirs = _heirs(made_of)
-    carried: dict[int, set[int]] = {}
-    for t, parts in enumerate(made_of):
-        for heir in heirs[t]:
-            carried.setdefault(heir, set()).update(parts)
+    carried: dict[int, list[int]] = {}
+    for t, found in enumerate(heirs):
+        for heir in found:
+            carried.setdefault(heir, []).append(t)
+    pieces, summands = _pieces(made_of, carried)
     return tuple(
         Tensor(
             tuple(found),
-            tuple(sorted(parts - carried.get(t, set()))),
+            pieces[t],
             max(parts, default=-1),
             max(found + [max(made_of[h]) for h in heirs[t]]),
+            summands[t],
         )
         for t, (found, parts) in enumerate(zip(readers.values(), made_of, strict=True))
     )
+
+
+def _pieces(
+    made_of: Sequence[frozenset[int]], carried: Mapping[int, Sequence[int]]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Pieces and summands of each tensor; ``carried`` gives the tensors that are carried into another."""
+    pieces = [
+        tuple(sorted(parts.difference(*(made_of[c] for c in carried.get(t, ()))))) for t, parts in enumerate(made_of)
+    ]
+    summands = list(pieces)
+    for t in sorted(range(len(made_of)), key=lambda t: len(made_of[t])):  # what is carried is made of less
+        if not pieces[t]:
+            summands[t] = tuple(sorted({p for c in carried.get(t, ()) for p in summands[c]}))
+    return pieces, summands
 
 
 def _heirs(made_of: Sequence[frozenset[int]]) -> list[list[int]]:

@@ -28,8 +28,15 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
     """Seconds of each layer under each scheme from the device's table; what they go to is not known ``[L, S]``.
 
     Raises:
-        BudgetError: If a layer is not in the table under a scheme, or not at the device's batch size.
+        BudgetError: If a layer is not in the table under a scheme, or not at the device's batch size; or the setting
+            changes the number of tokens, of which a table knows only its own.
     """
+    setting = device.setting
+    if setting.phase == "decode" or setting.tokens is not None:
+        raise BudgetError(
+            f"the table of {device.name!r} holds times of the shapes that were measured, none for decoding or other "
+            "numbers of tokens; leave these settings out and trace the model with such a batch"
+        )
     table = _Table(device)
     total = np.full((len(work), len(schemes)), np.nan)
     missing: dict[str, list[str]] = {}

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from mpq.cost_models.kv_cache import asked_cache
 from mpq.cost_models.liveness import tensors
 from mpq.cost_models.size import stored_bytes, whole_model
 from mpq.cost_models.table import Cost
 from mpq.cost_models.workload import make_workload
 from mpq.problem import Floats
+from mpq.quantizers.formats import NumberFormat
 from mpq.space import SearchSpace
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
 
 def resident_bytes(space: SearchSpace) -> Cost:
-    """Bytes of all parameters on the device: `size`, with each tensor rounded up to the device's alignment."""
-    return whole_model(space, "resident_bytes", stored_bytes(space, space.device.alignment))
+    """Bytes of all parameters on the device, each tensor rounded up to the device's alignment.
+
+    Weights that the device widens when it loads them (`mpq.cost_models.devices.Device.loaded`) count as they are then.
+    A setting with a context, or that decodes, has a key-value cache on top, in the device's float format.
+    """
+    device = space.device
+    cost = whole_model(space, "resident_bytes", stored_bytes(space, device.alignment, loaded=True))
+    cache, missing = asked_cache(space.graph, device.setting)
+    if cache is None:
+        return replace(cost, notes=(missing,) if missing else ())
+    held = cache.size_bytes(NumberFormat.parse(device.float_format), device.setting)
+    note = f"{held:,.0f} bytes of it are the key-value cache in {device.float_format}"
+    return replace(cost, constant=cost.constant + held, reference=cost.reference + held, notes=(note,))
 
 
 def active_bytes(space: SearchSpace) -> Cost:
@@ -32,7 +46,7 @@ def active_bytes(space: SearchSpace) -> Cost:
     shares = dict(zip((x.name for x in space.layers), _active_shares(space), strict=True))
     # Tied weights are stored once, and each of their layers reads its own share of them.
     parts = [sum(shares[x.name] * x.parameters for x in g.layers) / g.parameters for g in space.groups]
-    cost = stored_bytes(space) * np.array(parts)[:, None]
+    cost = stored_bytes(space, loaded=True) * np.array(parts)[:, None]
     reference = sum(shares[x.name] * x.parameters * x.element_bits / 8 for x in space.layers)
     return Cost("active_bytes", "bytes", cost, 0.0, 1.0, reference)
 
@@ -50,14 +64,15 @@ def peak_memory(space: SearchSpace) -> Cost:
     """Bytes of activations at the worst moment, at the device's batch size.
 
     There is one row for each step that can be the worst. At a step the layer's input and output are there and every
-    tensor that a later step needs (see `mpq.cost_models.liveness`). A tensor is kept in the activation format of its
-    readers, also where a shortcut carries it on; what nobody reads stays float.
+    tensor that a later step needs (see `mpq.cost_models.liveness`). A tensor is kept in the activation format that
+    its readers compute in, also where a shortcut carries it on; what nobody reads stays float.
 
     The approximation: element-wise operations work in place, with all their operands there at once; what layers do
     inside (attention scores, im2col) and key-value caches are not counted.
     """
     elements, fixed, widths = _live(space)
-    bits = np.array([s.activation.bits if s.activation else 0 for s in space.schemes], np.float64)
+    held = [space.device.computed(s)[1].bits if s.activation else 0 for s in space.schemes]
+    bits = np.array(held, np.float64)
     table = np.where(bits > 0, bits, widths[:, None]) / 8  # bytes of an element [G, S]
     least = elements @ np.where(space.allowed, table, np.inf).min(1) + fixed
     most = elements @ np.where(space.allowed, table, 0.0).max(1) + fixed

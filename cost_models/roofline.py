@@ -82,9 +82,8 @@ class Shapes:
         """Args: work: The layers."""
         self.work = work
         channels = np.array([x.rows_shape[1] for x in work.layers], np.float64)
-        self.embedding = np.array([x.op == "embedding" for x in work.layers])
-        conv = np.array([x.op.startswith("conv") for x in work.layers])
-        self.op = np.where(self.embedding, 3, np.where(work.depthwise, 1, np.where(conv, 0, 2)))
+        self.embedding = work.kinds == "embedding"
+        self.op = np.array([OPS.index(kind) for kind in work.kinds], np.int64)
         self.channels = channels
         self.outer = np.array([x.rows_shape[0] for x in work.layers], np.float64)
 
@@ -148,10 +147,8 @@ def vector_times(work: Workload, schemes: Sequence[Scheme], device: Device, move
         peak = _peak(device, kernel, pair)
         curve = _curves(device, pair, shapes.op)
         packed = np.isin(shapes.op, [OPS.index(o) for o in device.figures["packed_ops"]])
-        stored = shapes.stored_bytes(scheme.weight)
-        widened = max(NumberFormat.parse(pair[0]).bits - scheme.weight.bits, 0) / 8 * work.weights
-        weights = stored + np.where(packed | shapes.embedding, 0.0, widened)
-        bits = NumberFormat.parse(_held(pair[1], device)).bits
+        weights = np.choose(shapes.op, [shapes.stored_bytes(device.loaded(scheme, kind)) for kind in OPS])
+        bits = device.computed(scheme)[1].bits
         moved = Tensors(_looked_up(shapes, weights), work.inputs * bits / 8, work.outputs * bits / 8)
         parts[0, :, s] = shapes.compute(curve, peak)
         parts[1, :, s] = move(shapes, moved, device)

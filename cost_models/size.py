@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
 from mpq.cost_models.table import Cost
+from mpq.cost_models.workload import make_workload
 from mpq.problem import Floats
+from mpq.quantizers.formats import NumberFormat
 from mpq.space import SearchSpace
 
 
-def stored_bytes(space: SearchSpace, alignment: int = 1) -> Floats:
+def stored_bytes(space: SearchSpace, alignment: int = 1, *, loaded: bool = False) -> Floats:
     """Bytes of each group under each scheme ``[G, S]``: tied weights once, activation scales included.
 
     A weight with its scales is rounded up to a multiple of the alignment, at least to whole bytes.
+
+    Args:
+        space: Its groups and schemes.
+        alignment: Bytes.
+        loaded: Weights as the device holds them, not as the file does.
     """
-    tied_once = [{x.storage: x.rows_shape for x in g.layers}.values() for g in space.groups]
+    tied_once = [(g, x) for g, group in enumerate(space.groups) for x in {x.storage: x for x in group.layers}.values()]
+    owners, layers = [g for g, _ in tied_once], [x for _, x in tied_once]
+    kinds = make_workload(layers).kinds
     readers = np.array([sum(x.source is not None for x in g.layers) for g in space.groups], np.float64)
-    weights = {
-        fmt: np.array([sum(math.ceil(fmt.storage_bits(x) / (8 * alignment)) for x in shapes) for shapes in tied_once])
-        for fmt in dict.fromkeys(s.weight for s in space.schemes)
-    }
+
+    @cache
+    def weights(fmt: NumberFormat) -> Floats:
+        units = [math.ceil(fmt.storage_bits(x.rows_shape) / (8 * alignment)) for x in layers]
+        return np.array(units, np.float64) * alignment
+
     columns = []
     for scheme in space.schemes:
         act = scheme.activation
         zero = 0 if act is None or act.symmetric else math.ceil(act.bits / 8)
         per_input = 0 if act is None else act.scale_bits // 8 + zero
-        columns.append(weights[scheme.weight] * float(alignment) + per_input * readers)
+        held = weights(scheme.weight)
+        for kind in np.unique(kinds) if loaded else ():
+            held = np.where(kinds == kind, weights(space.device.loaded(scheme, str(kind))), held)
+        columns.append(np.bincount(owners, held, len(readers)) + per_input * readers)
     return np.stack(columns, 1)
 
 
 def size(space: SearchSpace) -> Cost:
-    """Bytes of all parameters: formats of the searched layers, everything else as the model stores it."""
+    """Bytes of all parameters in a file: formats of the searched layers, everything else as the model stores it.
+
+    A device may hold more once it has loaded them: `mpq.cost_models.memory.resident_bytes`.
+    """
     return whole_model(space, "size", stored_bytes(space))
 
 

@@ -284,7 +284,7 @@ class Analysis:
             None,
             budgets,
             solver,
-            self.provenance,
+            {**self.provenance, "cost_notes": {name: list(c.notes) for name, c in self.costs.items() if c.notes}},
         )
 
     def _choice(self, layer: LayerSpec, group: str, g: int, s: int) -> LayerChoice:

@@ -165,6 +165,12 @@ class BitConfig(Mapping[str, LayerChoice]):
         ]
         return f"sanity gate: {'; '.join(parts)}" if parts else ""
 
+    @property
+    def cost_notes(self) -> str:
+        """What the metrics leave out or take a guess at, in one line; empty if nothing."""
+        noted = self.provenance.get("cost_notes", {})
+        return "; ".join(f"{metric}: {', '.join(notes)}" for metric, notes in noted.items())
+
     def with_measured(self, measured: Measured) -> BitConfig:
         """The same config with measured figures."""
         return replace(self, measured=measured)
@@ -281,7 +287,8 @@ class BitConfig(Mapping[str, LayerChoice]):
         rows = [f"  {n:<{width}}  {c.scheme!s:<10} {c.parameters:>12,}" for n, c in self.layers.items()]
         if len(rows) > 60:
             rows = [*rows[:30], f"  ... {len(rows) - 60} more layers ...", *rows[-30:]]
-        return "\n".join([f"BitConfig: {self.summary()}", *rows])
+        notes = [f"  notes: {self.cost_notes}"] if self.cost_notes else []
+        return "\n".join([f"BitConfig: {self.summary()}", *rows, *notes])
 
     def _repr_html_(self) -> str:
         head = "".join(

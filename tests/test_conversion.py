@@ -76,6 +76,30 @@ def test_a_tensor_is_converted_once_for_its_readers_and_a_sum_in_each_part():
     assert found.cost[1, 1, 0] == pytest.approx(2 * passing(6, 4, 8))
 
 
+class ReadAlone(nn.Module):
+    """A sum whose operands are each read alone too, as in feature pyramids."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.c, self.d, self.e = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(4, 5)
+
+    def forward(self, x, y):
+        a, b = self.a(x), self.b(y)
+        return self.c(a) + self.d(b) + self.e(a + b)
+
+
+def test_a_sum_of_tensors_that_are_all_read_alone_converts_each_of_them():
+    data = [(torch.randn(2, 3), torch.randn(2, 3))]
+    space = space_of(ReadAlone(), data, "W8A8,W4A4")
+    names = [g.name for g in space.groups]
+    found = conversions(space, LAUNCH)
+    pairs = {(names[g], names[h]): cost for (g, h), cost in zip(found.groups.tolist(), found.cost, strict=True)}
+    assert set(pairs) == {("a", "c"), ("b", "d"), ("a", "e"), ("b", "e")}
+    np.testing.assert_allclose(pairs["b", "e"], [[0, passing(4, 8, 4)], [passing(4, 4, 8), 0]])
+    assert not found.own[names.index("e")].any()  # the sum is no float input
+
+
 def test_pairs_go_from_lower_to_higher_groups():
     """A group can read what a later one writes: the matrix is turned round."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2))

@@ -201,7 +201,7 @@ class TestProfiles:
                     assert found.memory[0, i] <= found.memory[0, j] * (1 + 1e-12)
 
     def test_every_figure_has_a_source(self, device):
-        assert {"peak", "kernels", "memory", "curves"} <= set(device.sources)
+        assert {"peak", "kernels", "memory", *device.figures} <= set(device.sources)
         assert ("widen" in device.sources) == any(k.widen for k in device.kernels)
 
     def test_ten_thousand_layers_take_less_than_a_second(self, device):

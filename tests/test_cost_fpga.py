@@ -22,6 +22,9 @@ from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError
 from mpq.layers import LayerSpec
 from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.space import make_space
+from mpq.trace import trace_model
+from mpq.units import si
 
 BOARDS = ("zcu102", "zcu104", "u250", "pynq-z1", "pynq-z2")
 
@@ -240,3 +243,20 @@ def test_arrays_that_fuse_need_their_widths(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(data), "utf8")
     with pytest.raises(FormatError, match=r"figures: 'brick_bits' is a required property"):
         load_device(tmp_path / "mine.json")
+
+
+def test_latency_says_that_it_is_an_interval_and_that_weights_do_not_fit():
+    def notes(width):
+        net = nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False))
+        space = make_space(trace_model(net, torch.zeros(1, width)), "W4A4,W8A8", device=find_device("pynq-z1"))
+        return latency(space).notes
+
+    assert "between two results" in notes(8)[1]
+    assert not any("no pipeline fits" in note for note in notes(8))
+    holds = 0.8 * 280 * 18 * 128 + 0.7 * 53200 * 8  # bytes of block RAM and of look-up tables
+    width = math.ceil(math.sqrt(holds))  # two layers of half a byte for each weight
+    assert not any("no pipeline fits" in note for note in notes(width - 1))
+    assert (
+        f"100% of what block RAM, UltraRAM and look-up tables of pynq-z1 can hold ({si(holds, 'B')})" in notes(width)[2]
+    )
+    assert "are 401% of what" in notes(2 * width)[2]  # 1,277 squared is a little more

@@ -20,10 +20,13 @@ from mpq.cost_models import all_devices, find_device
 from mpq.cost_models.devices import Setting, load_device
 from mpq.cost_models.gpu import find_arithmetic, format_bits, layer_times
 from mpq.cost_models.kv_cache import KvCache, find_kv_cache
+from mpq.cost_models.latency import latency
+from mpq.cost_models.memory import resident_bytes
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, GraphError
 from mpq.layers import LayerGraph, LayerSpec
 from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.space import make_space
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GPUS = [name for name, device in all_devices().items() if device.kind == "gpu"]
@@ -328,6 +331,36 @@ def test_kv_cache_by_hand():
     assert cache.seconds(fp16, device) > cache.seconds(int8, device) > cache.seconds(grouped, device)
 
 
+def test_latency_and_resident_bytes_hold_the_cache():
+    layers = [replace(linear(64, 64, 10, f"h.0.{n}_proj"), storage=i, source=i) for i, n in enumerate("qkv")]
+
+    def costs(device, *found):
+        space = make_space(graph(*(found or layers)), "W8A8", device=find_device(device))
+        return latency(space), resident_bytes(space)
+
+    token = 2 * 64 * 2  # bytes of keys and values in fp16
+    bandwidth = 2.039e12 * 0.85
+    for at, tokens in (("decode", 1), ("decode:context=1000000", 1_000_001), ("batch=2:context=5", 2 * (5 + 10))):
+        seconds, held = costs(f"a100:{at}")
+        assert seconds.constant == pytest.approx(tokens * token / bandwidth)
+        assert held.constant == tokens * token
+        assert held.notes == (f"{tokens * token:,} bytes of it are the key-value cache in fp16",)
+        assert "traffic of the key-value cache in fp16" in seconds.notes[-1]
+    assert [c.constant for c in costs("a100:batch=2")] == [0, 0]
+    for cost in costs("a100:decode:context=7", linear(64, 64, name="up")):
+        assert cost.constant == 0
+        assert cost.notes[-1].startswith("no key-value cache is counted: no projection to keys or values found")
+
+
+def test_a_prefill_adds_its_traced_tokens():
+    fp16 = NumberFormat.parse("fp16")
+    cache = find_kv_cache(graph(linear(8, 8, 12, "k_proj")))
+    assert cache.size_bytes(fp16, Setting()) == 12 * 8 * 2
+    assert cache.size_bytes(fp16, Setting(tokens=3)) == 3 * 8 * 2
+    with pytest.raises(BudgetError, match="a prefill needs its number of tokens"):
+        KvCache({"k": 8}).size_bytes(fp16, Setting())
+
+
 def test_kv_cache_of_fused_grouped_and_repeated_projections():
     packed = replace(linear(64, 192, name="blocks.0.attn.in_proj"), op="attention_in_proj")
     assert find_kv_cache(graph(packed)).kept == {"blocks.0.attn.in_proj": 128}
@@ -386,13 +419,8 @@ def test_published_figures_of_hawq(monkeypatch):
 
 def test_a_space_on_a_gpu_has_latencies():
     """Through the search space: the groups' layers add up."""
-    from mpq.cost_models.conversion import conversions
-    from mpq.cost_models.latency import latency
-    from mpq.space import make_space
-
     layers = tuple(replace(linear(64, 64, 4, f"l{i}"), storage=i, source=i // 2) for i in range(4))
     device = find_device("a100:batch=2")
-    space = make_space(graph(*layers), "W4A16,W8A8,W16A16", device=device)
-    own = latency(space).cost - conversions(space, device.figures["launch"]).own
-    assert own.shape == (2, 3)  # readers of one tensor share a scheme
-    np.testing.assert_allclose(own[0, 1], 2 * seconds(layers[0], "W8A8", device))
+    cost = latency(make_space(graph(*layers), "W4A16,W8A8,W16A16", device=device))
+    assert cost.cost.shape == (2, 3)  # readers of one tensor share a scheme
+    np.testing.assert_allclose(cost.cost[0, 2], 2 * seconds(layers[0], "W16A16", device))  # nothing to convert

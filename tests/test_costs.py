@@ -7,8 +7,11 @@ from torch import nn
 
 import mpq
 from mpq.cost_models import COST_MODELS, all_devices, find_device
+from mpq.cost_models.devices import Setting
+from mpq.cost_models.workload import make_workload
 from mpq.errors import FormatError
 from mpq.testing import CostContract
+from mpq.trace import trace_model
 
 
 class TestCostModels(CostContract):
@@ -89,3 +92,29 @@ def test_devices_have_sources_and_limit_schemes():
         mpq.analyze(net, torch.randn(4, 4), "W4A8", device="t4", progress=False)
     with pytest.raises(FormatError, match="did you mean 't4'"):
         find_device("t44")
+
+
+class Flattened(nn.Module):
+    """Tokens go to two experts by halves, without their axis; a head runs once for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.experts = nn.Linear(8, 6), nn.ModuleList([nn.Linear(6, 5) for _ in range(2)])
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        flat = self.up(x).reshape(-1, 6)
+        half = len(flat) // 2
+        parts = torch.cat([self.experts[0](flat[:half]), self.experts[1](flat[half:])])
+        return self.head(parts.reshape(len(x), -1, 5).mean(1))
+
+
+@pytest.mark.parametrize(("setting", "tokens"), [({}, 16), ({"tokens": 64}, 64), ({"phase": "decode"}, 1)])
+def test_flattened_tokens_are_tokens(setting, tokens):
+    graph = trace_model(Flattened(), torch.randn(2, 16, 8))
+    work = make_workload(graph.layers, Setting(batch=3, **setting))
+    assert [x.name for x in work.layers] == ["up", "experts.0", "experts.1", "head"]
+    rows = 3 * np.array([tokens, tokens / 2, tokens / 2, 1])
+    np.testing.assert_allclose(work.rows, rows)
+    np.testing.assert_allclose(work.inputs, rows * [8, 6, 6, 5])
+    np.testing.assert_allclose(work.outputs, rows * [6, 5, 5, 2])

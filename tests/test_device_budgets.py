@@ -1,15 +1,21 @@
 """Latency, energy and memory as budgets on a device, together and solved exactly; estimates explained."""
 
 import itertools
+import json
+from importlib import resources
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import mpq
 from mpq.cost_models import COST_MODELS, default_costs, find_device
+from mpq.cost_models.energy import layer_energy
+from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.problem import Status
+from mpq.quantizers.formats import Scheme
 from mpq.testing import tiny_network
 
 SCHEMES = "W4A4,W8A8"
@@ -76,6 +82,60 @@ def test_results_state_what_the_device_takes(analysis):
     assert cfg.metrics["latency"]["float"] == analysis.cost("latency").reference > 0
 
 
+class Scores(nn.Module):
+    """A product of activations: 3 x 4 x 3 multiply-accumulates that are in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.a(x) @ self.b(x).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("device", ["hexagon_690", "zcu104", "bitfusion"])
+def test_what_a_cost_leaves_out_reaches_the_config(device):
+    """No float kernel: products outside the layers are not timed, and it is said."""
+    found = mpq.analyze(Scores(), torch.randn(4, 3, 4), "W8A8", device=device, progress=False)
+    cfg = found.allocate("size<=100%")
+    noted = cfg.provenance["cost_notes"]
+    assert any("36 multiply-accumulates outside the layers: no fp" in x for x in noted["latency"])
+    assert noted["energy"] == ["36 multiply-accumulates outside the layers are not counted"]
+    assert mpq.BitConfig.from_json(cfg.to_json()).cost_notes == cfg.cost_notes
+    assert repr(cfg).splitlines()[-1] == f"  notes: {cfg.cost_notes}"
+
+
+@pytest.mark.parametrize("device", ["x86_vnni", "hexagon_690"])
+def test_what_runs_as_bytes_costs_as_bytes(device):
+    """Neither has 4-bit activations, nor takes packed weights in convolutions; the file is smaller all the same."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 2))
+    space = mpq.analyze(net, torch.randn(4, 4, 6, 6), SCHEMES, device=device, progress=False).space
+    for name in ("energy", "peak_memory", "resident_bytes", "latency"):
+        cost = COST_MODELS[name](space)
+        narrow, wide = cost.rows[:, 0], cost.rows[:, 1]
+        np.testing.assert_array_equal(narrow, wide, name)
+        assert wide.any()
+        assert name != "latency" or not cost.pairs.cost.any()  # both are bytes: nothing to convert
+    assert COST_MODELS["size"](space).total([0, 0, 0]) < COST_MODELS["resident_bytes"](space).total([0, 0, 0])
+
+
+def test_kernels_that_take_packed_weights_hold_them_packed():
+    """A product on x86_vnni: int4 weights stay so, activations are bytes."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    space = mpq.analyze(net, torch.randn(4, 64), SCHEMES, device="x86_vnni", progress=False).space
+    work = make_workload(space.layers)
+    parts = layer_energy(work, space.schemes, space.device)
+    for same in (parts.products, parts.sums, parts.activations):
+        np.testing.assert_array_equal(same[:, 0], same[:, 1])
+    assert (parts.weights[:, 0] < parts.weights[:, 1]).all()
+    np.testing.assert_array_equal(COST_MODELS["resident_bytes"](space).cost, COST_MODELS["size"](space).cost)
+
+
+def test_energy_notes_what_is_skipped():
+    cost = mpq.analyze(Scores(), torch.randn(4, 3, 4), "W8A8", device="t4", skip=["a"], progress=False).cost("energy")
+    assert cost.notes[0] == "48 multiply-accumulates in skipped layers are not counted"
+
+
 def test_a_limit_below_reach_says_what_can_be_reached(analysis):
     with pytest.raises(UnreachableError, match="smallest reachable"):
         analysis.allocate("latency<=1ns")
@@ -128,6 +188,42 @@ def test_device_settings_are_read_from_its_name():
     for wrong in ("a100:batch=0", "a100:fast", "a100:batch=x"):
         with pytest.raises(FormatError, match="no setting"):
             find_device(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": -3}, {"phase": "decoding"}, {"tokens": 0}, {"context": -1}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(FormatError, match=f"{next(iter(wrong))}.* of a device's setting"):
+        find_device("t4").at(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("zcu104", lambda d: d.pop("memory"), "'memory' is a required property"),
+        ("zcu104", lambda d: d["memory"].clear(), "memory: .* should be non-empty"),
+        ("zcu104", lambda d: d["figures"]["dsp_packing"].update({"8": 0}), "dsp_packing.8: 0 is less than the minimum"),
+        ("t4", lambda d: d["memory"].pop(), "memory: .* is too short"),
+        ("x86_vnni", lambda d: d["memory"].reverse(), "memory: dram is no smaller than l3; list the innermost first"),
+        ("x86_vnni", lambda d: d["kernels"][0].update(weight="itn8"), "kernels.0.weight: 'itn8' does not match"),
+        ("x86_vnni", lambda d: d["kernels"][2].update(runs_as=["int8", "int99"]), "kernels.2.runs_as.1: 'int99'"),
+    ],
+)
+def test_profiles_that_no_model_could_read_are_refused(tmp_path, name, change, message):
+    data = json.loads(resources.files("mpq.cost_models").joinpath(f"{name}.json").read_text("utf8"))
+    change(data)
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    with pytest.raises(FormatError, match=message):
+        find_device(f"{tmp_path}/mine.json")
+
+
+@pytest.mark.parametrize(
+    ("device", "same"), [("x86_vnni", "W32"), ("cortex_m7", "W32"), ("hexagon_htp", "W16"), ("t4", "W16")]
+)
+def test_activations_in_the_float_format_are_those_that_stay_float(device, same):
+    found = find_device(device)
+    explicit = found.kernel(Scheme.parse(f"{same}A{same[1:]}"))
+    assert explicit is not None
+    assert explicit == found.kernel(Scheme.parse(same))
 
 
 def test_estimates_explain_what_binds():

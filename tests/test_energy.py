@@ -92,11 +92,14 @@ def test_products_by_closed_form():
 
 
 def test_l_mul_saves_what_its_paper_says():
-    """Luo & Sun (2024): 95 % of element-wise products, 80 % of dot products."""
+    """Luo & Sun (2024): 95 % of element-wise products, 80 % of dot products.
+
+    Theirs is an addition of 0.1 pJ for a product of 3.7; with a sum of 0.9 pJ, 1.0 for 4.6.
+    """
     l_mul = multiply(Number("l_mul", 32, 8, 23), FP32)
-    assert 1 - l_mul / multiply(FP32, FP32) == pytest.approx(0.97, abs=0.03)
+    assert 1 - l_mul / multiply(FP32, FP32) == pytest.approx(1 - 0.1 / 3.7, abs=1e-5)
     add = accumulate(FP32, FP32, 64)
-    assert 1 - (l_mul + add) / (multiply(FP32, FP32) + add) == pytest.approx(0.8, abs=0.03)
+    assert 1 - (l_mul + add) / (multiply(FP32, FP32) + add) == pytest.approx(1 - 1.0 / 4.6, abs=1e-5)
 
 
 def test_no_arithmetic_is_free():

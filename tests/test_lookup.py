@@ -204,6 +204,28 @@ def test_the_best_kernel_of_a_tvm_log(tmp_path):
     assert layer_times(make_workload([layer]), [Scheme.parse("W32")], table).total == pytest.approx(3e-3)
 
 
+@pytest.mark.parametrize("line", ['{"input": ', '{"input": ["cuda", "dense"]}', '{"input": [1], "result": [[1], 0]}'])
+def test_a_bad_line_of_a_tvm_log_is_named(tmp_path, line):
+    (tmp_path / "log").write_text("some text\n" + line)
+    with pytest.raises(FormatError, match="log, line 2: no record of AutoTVM"):
+        importers.from_tvm(tmp_path / "log")
+
+
+@pytest.mark.parametrize("setting", [{"phase": "decode"}, {"tokens": 7}])
+def test_a_table_knows_no_other_number_of_tokens(tmp_path, setting):
+    layer = conv("a", 4, 4, 8)
+    table = device(tmp_path, [row(layer, 1e-3)]).at(**setting)
+    with pytest.raises(BudgetError, match="none for decoding or other numbers of tokens"):
+        layer_times(make_workload([layer], table.setting), [W8A8], table)
+
+
+def test_a_path_takes_settings(tmp_path):
+    device(tmp_path, [row(conv("a", 4, 4, 8), 1e-3)])
+    assert find_device(f"{tmp_path}/table.json:batch=8").setting.batch == 8
+    with pytest.raises(FormatError, match="'fast' is no setting"):
+        find_device(f"{tmp_path}/table.json:fast")
+
+
 def test_a_table_without_times_is_no_profile(tmp_path):
     with pytest.raises(FormatError, match=r"figures.rows"):
         device(tmp_path, [])

@@ -102,12 +102,12 @@ def test_tensors_of_residual_blocks(residual):
     names = [x.name for x in residual.graph]
     assert names == ["stem", "a", "b", "c", "d", "down", "fc"]
     assert tensors(residual.graph) == (
-        Tensor((0,), (), -1, 0),
-        Tensor((1,), (0,), 0, 2),
-        Tensor((2,), (1,), 1, 2),
-        Tensor((3, 5), (2,), 2, 5),
-        Tensor((4,), (3,), 3, 4),
-        Tensor((6,), (4, 5), 5, 6),
+        Tensor((0,), (), -1, 0, ()),
+        Tensor((1,), (0,), 0, 2, (0,)),
+        Tensor((2,), (1,), 1, 2, (1,)),
+        Tensor((3, 5), (2,), 2, 5, (2,)),
+        Tensor((4,), (3,), 3, 4, (3,)),
+        Tensor((6,), (4, 5), 5, 6, (4, 5)),
     )
 
 

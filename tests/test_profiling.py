@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import typer
+from torch import nn
 from typer.testing import CliRunner
 
 from mpq.cost_models import find_device
@@ -19,11 +21,12 @@ from mpq.cost_models.profiling import (
     load_measurements,
     measure_layers,
     predict,
+    profile_model,
     save_measurements,
     write_profile,
 )
 from mpq.cost_models.workload import make_workload
-from mpq.errors import DataError, GraphError
+from mpq.errors import DataError, FormatError, GraphError
 from mpq.layers import LayerSpec
 from mpq.profile_cli import profile
 from mpq.quantizers.formats import Scheme
@@ -166,3 +169,34 @@ class TestKernels:
         assert find_device(str(out)).kernel(Scheme.parse("W8A8")).peak > 1e6
         wrong = CliRunner().invoke(app, [*arguments, "--device", "gpu"])
         assert "this machine's cpu" in str(wrong.exception)
+
+
+def test_a_name_is_checked_before_anything_is_measured(tmp_path):
+    with pytest.raises(FormatError, match="'My CPU' is no name for a device"):
+        profile_model(None, None, tmp_path / "p.json", name="My CPU")
+
+
+def test_what_is_no_profile_is_not_written(tmp_path):
+    with pytest.raises(FormatError, match=r"p\.json: "):
+        write_profile({"schema": "mpq/device-1"}, tmp_path / "p.json")
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_dilated_convolutions_are_left_out_and_named(tmp_path, monkeypatch):
+    """Their shapes are those of another kernel: here of a stride that no shape leads to."""
+    measured = []
+
+    def measure_one(layer, scheme, seconds):
+        measured.append(layer.name)
+        return 1e-3
+
+    monkeypatch.setattr("mpq.cost_models.profiling.require", lambda *_: None)
+    monkeypatch.setattr("mpq.cost_models.profiling.measure", measure_one)
+    monkeypatch.setattr("mpq.cost_models.profiling.fit_profile", lambda *_: {})
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, dilation=2))
+    with (
+        pytest.warns(UserWarning, match="not measured, as they are dilated: 1$"),
+        pytest.raises(FormatError),  # an empty profile
+    ):
+        profile_model(net, torch.randn(1, 2, 8, 8), tmp_path / "p.json")
+    assert set(measured) == {"0"}
