@@ -1,5 +1,7 @@
 """Costs of pairs of groups (conversions between neighbours) in constraints, against exhaustive search."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,17 @@ from hypothesis import strategies as st
 
 from mpq.errors import MpqError
 from mpq.problem import Constraint, PairCosts, Problem, Status
-from mpq.search import Exhaustive, Ilp, Interaction, Knapsack, auto_solver
+from mpq.search import (
+    Evaluations,
+    Exhaustive,
+    Ilp,
+    Interaction,
+    Knapsack,
+    RandomSearch,
+    Sweep,
+    auto_solver,
+)
+from mpq.search.smallest import smallest_cost
 
 
 def chain(seed, groups=5, share=0.4, interactions=False):
@@ -29,6 +41,10 @@ def chain(seed, groups=5, share=0.4, interactions=False):
         joint[np.arange(groups), :, np.arange(groups)] = 0
     size = Constraint("size", "B", rng.integers(1, 9, (groups, 1)) * bits, np.array([np.inf]))
     return Problem(loss, (Constraint("latency", "s", cost, np.array([limit]), pairs), size), joint)
+
+
+def every_pick(problem):
+    return np.array(list(itertools.product(*(np.flatnonzero(row) for row in problem.allowed))))
 
 
 @given(seed=st.integers(0, 10_000), share=st.floats(0, 1))
@@ -81,8 +97,34 @@ def test_what_takes_no_pairs_says_so():
     problem = chain(0)
     with pytest.raises(MpqError, match="use the ilp"):
         Knapsack().solve(Problem(problem.loss, problem.constraints[:1]))
-    with pytest.raises(MpqError, match="can't be the objective"):
-        problem.least("latency", 1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_least_cost_with_pairs_equals_exhaustive_search(seed):
+    problem = chain(seed)
+    picks = every_pick(problem)
+    loss, cost = (np.array([f(p) for p in picks]) for f in (problem.objective, problem.constraints[0].usage))
+    limit = float(np.quantile(loss, 0.3))
+    found = smallest_cost(problem, "latency", limit)
+    assert found.status is Status.OPTIMAL
+    assert found.objective == pytest.approx(cost[loss <= limit].min(), rel=1e-9)
+    assert problem.objective(found.pick) <= limit * (1 + 1e-9)
+
+
+def test_sweep_begins_at_the_least_with_pairs():
+    """Two layers would each like another kind; together one of them has to change, or pays for it."""
+    pairs = PairCosts([[0, 1]], [[[0.0, 8.0], [8.0, 0.0]]])
+    latency = Constraint("latency", "s", np.array([[1.0, 4.0], [4.0, 1.0]]), np.array([10.0]), pairs)
+    problem = Problem(np.array([[1.0, 0.0], [1.0, 0.0]]), (latency,))
+    limits = []
+
+    class Noting(RandomSearch):
+        def explore(self, problem, evaluations):
+            limits.append(float(problem.constraints[0].limit[0]))
+            return super().explore(problem, evaluations)
+
+    Sweep(inner=Noting(), points=2).search(problem, Evaluations(problem.objective, limit=4))
+    assert limits == [5.0, 10.0]
 
 
 @pytest.mark.parametrize(
