@@ -47,6 +47,15 @@ class PairCosts:
         first, second = np.asarray(pick, np.int64)[self.groups.T]
         return float(self.cost[np.arange(len(self.cost)), first, second].sum())
 
+    def with_others(self, pick: ArrayLike) -> Floats:
+        """What each choice costs with what all other groups of a pick ``[G]`` took ``[G, S]``."""
+        picks, rows = np.asarray(pick, np.int64), np.arange(len(self.cost))
+        first, second = self.groups.T
+        found = np.zeros((len(picks), self.cost.shape[1]))
+        np.add.at(found, first, self.cost[rows, :, picks[second]])
+        np.add.at(found, second, self.cost[rows, picks[first]])
+        return found
+
     def interactions(self, groups: int) -> Floats:
         """The same costs as interactions ``[G, S, G, S]``."""
         S = self.cost.shape[1]

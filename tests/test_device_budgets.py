@@ -1,6 +1,7 @@
 """Latency, energy and memory as budgets on a device, together and solved exactly; estimates explained."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import mpq
 from mpq.cost_models import COST_MODELS, default_costs, find_device
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.problem import Status
+from mpq.sensitivity import SensitivityTable
 from mpq.testing import tiny_network
 
 SCHEMES = "W4A4,W8A8"
@@ -174,3 +176,29 @@ def test_useless_schemes_leave_the_space():
     # No arithmetic is narrower than int8 there, and such small layers are bound by their set-up.
     assert kept.space.allowed.tolist() == [[False, False, True]] * len(every.space.groups)
     assert every.on("x86_vnni").space.allowed.all()
+
+
+@pytest.fixture(scope="module")
+def alternating(analysis):
+    """With losses made up so that neighbours like different formats."""
+    loss = np.where([[True, False], [False, True]] * 2, 0.0, [[4.0], [3.0], [2.0], [1.0]])
+    names = analysis.table.groups, analysis.table.schemes
+    table = SensitivityTable(*names, loss, np.zeros((4, 2)), provenance=analysis.table.provenance)
+    return replace(analysis, table=table)
+
+
+def test_rows_of_an_explanation_count_conversions(alternating):
+    analysis, cost = alternating, alternating.cost("latency")
+    loose, found = analysis.explain("latency<=1ms"), analysis.explain("latency<=12us")
+    assert not loose.prices["latency"].binding
+    assert "does not bind" in repr(loose)
+    assert found.prices["latency"].binding
+    assert "latency 11.1" in repr(found)
+    assert "does not bind" not in repr(found)
+    assert cost.pairs.total(found.pick) > 0
+    rows = found.table()
+    assert sum(r["costs"]["latency"] for r in rows) + cost.constant == pytest.approx(cost.total(found.pick))
+    for g, row in enumerate(rows):
+        pick = found.pick.copy()
+        pick[g] = 1 - pick[g]
+        assert row["runner_up_costs"]["latency"] == pytest.approx(cost.total(pick) - cost.total(found.pick))

@@ -391,7 +391,7 @@ def test_smallest_config_says_why_not(measured):
         measured.smallest("size", 0)
     with pytest.raises(BudgetError, match="size is what is to be least; drop its budget"):
         measured.smallest("size", 0.1, budget="size<=50%")
-    with pytest.raises(BudgetError, match="no cost model for 'latency'"):
+    with pytest.raises(BudgetError, match="no figures for latency"):
         measured.smallest("latency", 0.1)
     assert measured.smallest("size", measured.table.ceiling * 2).avg_bits == 2
 

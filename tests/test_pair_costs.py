@@ -19,6 +19,7 @@ from mpq.search import (
     Sweep,
     auto_solver,
 )
+from mpq.search.explain import explain_pick
 from mpq.search.smallest import smallest_cost
 
 
@@ -138,3 +139,50 @@ def test_sweep_begins_at_the_least_with_pairs():
 def test_bad_pairs_are_refused(groups, cost, match):
     with pytest.raises(MpqError, match=match):
         PairCosts(groups, cost)
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0.1, 0.9), interactions=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_limit_binds_if_the_loss_would_be_less_without_it(seed, share, interactions):
+    problem = chain(seed, groups=4, share=share, interactions=interactions)
+    best = Exhaustive().solve(problem)
+    if best.pick is None:
+        return
+    found = explain_pick(problem, best.pick)
+    free = Exhaustive().solve(Problem(problem.loss, problem.constraints[1:], problem.interactions))
+    assert ("latency" in found.binding) == (free.objective < best.objective - 1e-9)
+    price, latency = found.prices["latency"], problem.constraints[0]
+    for g, s in np.ndindex(problem.loss.shape):
+        pick = best.pick.copy()
+        pick[g] = s
+        added = latency.usage(pick)[0] - latency.usage(best.pick)[0]
+        assert found.margin[g, s] == pytest.approx(found.change[g, s] + price * added, abs=1e-9)
+
+
+def test_a_conversion_alone_may_bind():
+    """The middle layer wants the other kind, which adds two conversions; by its own costs everything fits."""
+    change = np.array([[0.0, 1.0], [1.0, 0.0]])
+    pairs = PairCosts([[0, 1], [1, 2]], [4 * change, 4 * change])
+    loss = np.array([[0.0, 5.0], [1.0, 0.0], [0.0, 5.0]])
+
+    def explained(limit):
+        problem = Problem(loss, (Constraint("latency", "s", np.full((3, 2), 1.0), np.array([limit]), pairs),))
+        return explain_pick(problem, Ilp().solve(problem).pick), Ilp().solve(problem)
+
+    (tight, solved), (loose, _) = explained(9.0), explained(11.0)
+    assert tight.binding == {"latency"}
+    assert tight.prices["latency"] == solved.prices["latency"] == pytest.approx(1 / 8)
+    assert (loose.binding, loose.prices) == (frozenset(), {"latency": 0.0})
+
+
+def test_a_limit_that_only_changes_together_can_use_binds_at_no_price():
+    """Neither layer gains by the other format alone, both together do."""
+    change = np.array([[0.0, 1.0], [1.0, 0.0]])
+    pairs = PairCosts([[0, 1]], [9 * change])
+    loss, joint = np.array([[0.0, 1.0], [0.0, 1.0]]), np.zeros((2, 2, 2, 2))
+    joint[0, 1, 1, 1] = joint[1, 1, 0, 1] = -4.0
+    cost = np.array([[1.0, 2.0], [1.0, 2.0]])
+    problem = Problem(loss, (Constraint("latency", "s", cost, np.array([3.0]), pairs),), joint)
+    found = explain_pick(problem, np.array([0, 0]))
+    assert found.prices == {"latency": 0.0}
+    assert found.binding == {"latency"}
