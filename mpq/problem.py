@@ -322,5 +322,8 @@ def infeasible(problem: Problem, seconds: float, solver: str) -> Solution:
         if len(over):
             r = over[0]
             parts.append(f"{c.name} <= {c.limit[r]:g} {c.unit}: the smallest reachable is {least[r]:g}")
-    message = "; ".join(parts) or "each constraint can be met alone, but not all together"
+    pairs = [c.name for c in problem.constraints if c.pairs is not None]
+    together = "no pick meets all constraints" if pairs else "each constraint can be met alone, but not all together"
+    beside = f", with what neighbours add to {', '.join(pairs)}" if pairs else ""
+    message = "; ".join(parts) or together + beside
     return Solution(Status.INFEASIBLE, None, float("inf"), float("inf"), {}, seconds, solver, {}, message)

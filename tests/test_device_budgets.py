@@ -1,6 +1,7 @@
 """Latency, energy and memory as budgets on a device, together and solved exactly; estimates explained."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import mpq
 from mpq.cost_models import COST_MODELS, default_costs, find_device
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.problem import Status
+from mpq.search import Ilp
 from mpq.sensitivity import SensitivityTable
 from mpq.testing import tiny_network
 
@@ -202,3 +204,45 @@ def test_rows_of_an_explanation_count_conversions(alternating):
         pick = found.pick.copy()
         pick[g] = 1 - pick[g]
         assert row["runner_up_costs"]["latency"] == pytest.approx(cost.total(pick) - cost.total(found.pick))
+
+
+def test_feasibility_counts_conversions(alternating):
+    """The first two layers may have one format each: they convert whatever is picked."""
+    allowed = np.array([[True, False], [False, True], [True, True], [True, True]])
+    analysis = replace(alternating, space=replace(alternating.space, allowed=allowed))
+    cost = analysis.cost("latency")
+    picks = [p for p in every_pick(analysis) if allowed[np.arange(4), p].all()]
+    totals = np.array([cost.total(p) for p in picks])
+    limit = (totals.min() + cost.metric(cost.cost_floor(allowed))) / 2  # between, without conversions it is met
+    budget = f"latency<={limit:.9g}s"
+    found = analysis.feasibility(budget)
+    reach = found.metrics["latency"]
+    assert reach.least == pytest.approx(totals.min())
+    assert reach.most >= totals.max() * (1 - 1e-9)
+    assert found.binding == ("latency",)
+    assert found.relaxation == pytest.approx(totals.min() / limit - 1)
+    assert found.proven
+    assert "is below the smallest reachable" in found.message
+    assert "together" not in found.message
+    assert "with what neighbours add to latency" in Ilp().solve(analysis.problem(analysis.parse(budget))).message
+
+
+def test_relaxed_limits_can_be_typed_as_they_are(alternating):
+    size, energy = (alternating.cost(m) for m in ("size", "energy"))
+    least = [min(c.total(p) for p in every_pick(alternating)) for c in (size, energy)]
+    found = alternating.feasibility(f"energy<={least[1] * 0.9e9}nJ,latency<=7us,size<={least[0] * 2:.0f}")
+    assert not found.feasible
+    limits = re.search(r"all limits by [\d.]+% \((.*)\)", found.message).group(1)
+    assert alternating.feasibility(limits).feasible
+    assert "size<=" in limits
+    assert re.search(r"latency<=[\d.]+us", limits)
+    assert re.search(r"energy<=[\d.]+[munp]J", limits)
+
+
+def test_limits_that_fit_with_other_neighbours_are_no_conflict(alternating):
+    """What takes least without conversions misses the limits with them, but another config meets both."""
+    picks, names = every_pick(alternating), ("latency", "size")
+    totals = np.array([[alternating.cost(m).total(p) for m in names] for p in picks])
+    for limits in totals * (1 + 1e-9):
+        budget = f"latency<={limits[0] * 1e6:.12g}us,size<={limits[1]:.12g}"
+        assert alternating.feasibility(budget).feasible
