@@ -1,6 +1,7 @@
 """Latency, energy and memory as budgets on a device, together and solved exactly; estimates explained."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 
@@ -178,6 +179,19 @@ def test_useless_schemes_leave_the_space():
     # No arithmetic is narrower than int8 there, and such small layers are bound by their set-up.
     assert kept.space.allowed.tolist() == [[False, False, True]] * len(every.space.groups)
     assert every.on("x86_vnni").space.allowed.all()
+    allowed = every.space.allowed.copy()
+    allowed[0, 2] = False  # what a layer may not have is no reason to drop others
+    some = replace(every, space=replace(every.space, allowed=allowed)).on("x86_vnni", drop_useless=True)
+    assert some.space.allowed.tolist() == [[False, True, False], *[[False, False, True]] * (len(allowed) - 1)]
+
+
+def test_frontier_says_what_it_counts(alternating):
+    front = alternating.pareto("latency")
+    data = json.loads(front.to_json())
+    assert (front.kind, data["interactions"], data["conversions"]) == ("conversion-aware", False, True)
+    assert "conversion-aware frontier" in repr(front)
+    data = json.loads(alternating.pareto("size").to_json())
+    assert (data["interactions"], data["conversions"]) == (False, False)
 
 
 @pytest.fixture(scope="module")
