@@ -314,7 +314,7 @@ def test_frontier_as_json(analysis):
     assert data["interactions"]
     assert "interaction-aware frontier" in repr(front)
     assert "<pre>" in front._repr_html_()
-    with pytest.raises(BudgetError, match="no cost model for 'latency'"):
+    with pytest.raises(BudgetError, match="no figures for latency"):
         analysis.pareto("latency")
 
 
