@@ -63,7 +63,9 @@ def explain_pick(problem: Problem, pick: Ints) -> Alternatives:
     rivals = margin.copy()
     rivals[groups, pick] = np.inf
     found = np.where(np.isfinite(rivals).any(1), rivals.argmin(1), -1)
-    prices = named_prices(linear, relaxed.prices)
+    span = np.where(linear.allowed[..., None], np.abs(cost - cost[groups, pick][:, None]), 0.0).max(1).sum(0)
+    worth = relaxed.prices * span > _TIE * np.abs(loss[linear.allowed]).sum()  # less is rounding
+    prices = named_prices(linear, np.where(worth, relaxed.prices, 0.0))
     binding = frozenset(name for name, price in prices.items() if price > 0 or _binds(problem, pick, name))
     return Alternatives(change, margin, found, prices, binding)
 

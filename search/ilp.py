@@ -74,7 +74,11 @@ class Ilp:
         seconds = time.perf_counter() - started
         if run.pick is not None:
             pairs = any(c.pairs is not None for c in problem.constraints)
-            prices = dual_prices(problem, run.pick, np.inf) if pairs else named_prices(problem, run.prices)
+            prices = (
+                dual_prices(problem, run.pick, started + self.time_limit)
+                if pairs
+                else named_prices(problem, run.prices)
+            )
             return solved(problem, run.pick, run.bound, seconds, "ilp", prices, proven=status is Status.OPTIMAL)
         if status is Status.INFEASIBLE:
             return infeasible(problem, seconds, "ilp")
