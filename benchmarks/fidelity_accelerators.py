@@ -31,6 +31,13 @@ from mpq.quantizers.formats import Scheme
 
 SHARED = Path(os.environ.get("MPQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 BITS = range(1, 9)
+# Profiles that are held against HAQ's table, and whether it was at hand when they were made.
+HAQ_DEVICES = {
+    "haq-cloud": "chosen with the table in view",
+    "bismo-pynq-z1": "as published, table unseen",
+    "bismo-ultra96": "as published, table unseen",
+}
+IN_VIEW = f"haq-cloud ({HAQ_DEVICES['haq-cloud']})"
 
 
 def reference(name: str) -> dict[str, Any]:
@@ -56,17 +63,20 @@ def haq() -> tuple[Workload, Floats]:
 
 
 def haq_rank() -> list[Row]:
-    """All 3,392 entries of the table, by the accelerator of the paper and by BISMO as it was published."""
+    """All 3,392 entries of the table, by the accelerator of the paper and by BISMO as it was published.
+
+    What HAQ leaves open of its accelerator was chosen with this table in view; BISMO's profiles were not.
+    """
     work, cycles = haq()
     schemes = [Scheme.parse(f"W{w}A{a}") for w in BITS for a in BITS]
     rows = []
-    for name in ("haq-cloud", "bismo-pynq-z1", "bismo-ultra96"):
+    for name, how in HAQ_DEVICES.items():
         device = find_device(name)
         found = layer_times(work, schemes, device).total * device.figures["clock_hz"]
         score = float(spearmanr(found.ravel(), cycles.ravel()).statistic)
         ratio = float(np.median(found / cycles))
         text = f"{found.size:,} entries, median {ratio:.2f} x the cycles"
-        title = f"HAQ MobileNetV2 table, {name}, Spearman"
+        title = f"HAQ MobileNetV2 table, {name} ({how}), Spearman"
         rows.append(Row(title, text, "simulator; BitOps: 0.165", score, ">= 0.9", score >= 0.9))
     return rows
 
@@ -81,7 +91,21 @@ def haq_depthwise() -> list[Row]:
     score = float(np.abs(means[0] - means[1]).max())
     text = [f"W8A4 {m[0]:.3f}, W4A8 {m[1]:.3f} of W8A8" for m in means]
     text[0] += f"; single entries off by up to {np.abs(shares[0] - shares[1]).max():.2f}"
-    return [Row("HAQ depthwise layers, mean share of W8A8", *text, score, "<= 0.05", score <= 0.05)]
+    by_bits = [x[work.depthwise].reshape(-1, len(BITS), len(BITS)) for x in (found, cycles)]  # layers, W, A
+    ours, theirs = ((x / x[..., -1:]).transpose(1, 0, 2).reshape(len(BITS), -1) for x in by_bits)
+    fits = np.array([np.corrcoef(a, b)[0, 1] ** 2 for a, b in zip(ours, theirs, strict=True)])
+    least, off = float(fits.min()), np.abs(ours - theirs)
+    linear = "A/8 at every W" if np.allclose(by_bits[0] / by_bits[0][..., -1:], np.array(BITS) / 8) else "not linear"
+    seen = (
+        f"R2 {fits.max():.3f} (W{fits.argmax() + 1}) to {least:.3f} (W{fits.argmin() + 1}), mean error {off.mean():.3f}"
+    )
+    return [
+        Row(f"HAQ depthwise layers, {IN_VIEW}, mean share of W8A8", *text, score, "<= 0.05", score <= 0.05),
+        Row(
+            f"HAQ depthwise layers, {IN_VIEW}, share of A8 over A1 to A8, least R2 of any W",
+            *(linear, seen, least, ">= 0.95", least >= 0.95),
+        ),
+    ]
 
 
 def haq_strategy() -> list[Row]:
@@ -98,7 +122,7 @@ def haq_strategy() -> list[Row]:
     published = float(cycles[layers, columns].sum() / cycles[:, -1].sum())
     score = abs(found / published - 1)
     text = f"{found:.3f} of W8A8", f"{published:.3f} of W8A8"
-    return [Row("HAQ's published bit widths, relative error", *text, score, "<= 0.02", score <= 0.02)]
+    return [Row(f"HAQ's published bit widths, {IN_VIEW}, relative error", *text, score, "<= 0.02", score <= 0.02)]
 
 
 def bit_fusion() -> list[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import networks
 import numpy as np
+from hawq_layers import SHARED
 from scipy.optimize import least_squares
 
 from mpq.cost_models.devices import Device, find_device
@@ -21,7 +22,7 @@ from mpq.cost_models.latency import layer_times
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.quantizers.formats import Scheme
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REFERENCE = SHARED / "reference"
 PROFILES = Path(__file__).parents[1] / "cost_models"
 OPS = ("conv", "depthwise", "matmul")
 SIZES, WIDTHS = (128, 160, 192, 224), (0.25, 0.5, 0.75, 1.0)
@@ -111,17 +112,27 @@ def fit(
     return with_curves(least_squares(errors, np.log(start), bounds=(-30, upper)).x)
 
 
-def pixel2_cpu() -> Device:
-    """Fitted to TensorFlow Lite's own page, scored on Krishnamoorthi's table of the same phone."""
+def pixel2_times() -> list[tuple[str, str, float]]:
+    """Network, scheme and ms on TensorFlow Lite's own page, which the Pixel 2's profile is fitted to."""
     rows = read("tflite_reference.json")["pixel2_single_big_core"]
     names = {"Mobilenet-v1-1-224": "Mobilenet_v1_1_224", "Mobilenet-v2-1-224": "Mobilenet_v2_1_224"}
-    times = [
+    return [
         (names.get(n, n), s, r[k])
         for n, r in rows.items()
         for s, k in (("W32", "ms_fp"), ("W8A8", "ms_qat_int8"))
         if r[k]
     ]
-    return fit(find_device("pixel2_cpu"), cpu_curves, [0.5, 0.5, 0.5, 1e-9, 1e-9, 1e-5], times)
+
+
+def pixel2_cpu() -> Device:
+    """Fitted to TensorFlow Lite's own page, scored on Krishnamoorthi's table of the same phone."""
+    start = [0.5, 0.5, 0.5, 1e-9, 1e-9, 1e-5]
+    return fit(find_device("pixel2_cpu"), cpu_curves, start, pixel2_times())
+
+
+def fitted_on_pixel2(network: str) -> bool:
+    """Whether TensorFlow Lite's page has the network too, by whatever name."""
+    return any(WORKS[network] is WORKS[n] for n, _, _ in pixel2_times())
 
 
 def pixel3_cpu() -> Device:
@@ -152,9 +163,14 @@ def pixel2_hvx(network: str = "Mobilenet_v1_1_224") -> Device:
     return slowed(base, published / milliseconds(base, network, "W8A8"))
 
 
-def main() -> None:
+def fits() -> list[Device]:
+    """Every device that is fitted here."""
     larger = replace(find_device("hexagon_690"), figures=pixel3_hvx().figures)
-    for device in (pixel2_cpu(), pixel3_cpu(), pixel3_hvx(), pixel2_hvx(), larger):
+    return [pixel2_cpu(), pixel3_cpu(), pixel3_hvx(), pixel2_hvx(), larger]
+
+
+def main() -> None:
+    for device in fits():
         path = PROFILES / f"{device.name}.json"
         profile = json.loads(path.read_text("utf8"))
         profile["figures"]["curves"] = [

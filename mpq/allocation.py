@@ -165,8 +165,10 @@ def allocate(
         model: A trained network; never touched.
         calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
         budget: One or several: ``"size<=25%"`` (of the float model), ``"size<=300KB"``, ``"avg_bits<=4"``,
-            ``"stored_bits<=4.5"``, ``"bitops<=2G"``; or ``"accuracy_drop<=0.5%"`` (percentage points, measured on
-            ``eval_data``): then the smallest config within it that bisection over sizes finds.
+            ``"stored_bits<=4.5"``, ``"bitops<=2G"``, ``"latency<=2ms"``, ``"energy<=1mJ"``, ``"peak_memory<=2MB"``
+            (time needs a ``device`` with figures; `mpq.cost_models.COST_MODELS` has all metrics); or
+            ``"accuracy_drop<=0.5%"`` (percentage points, measured on ``eval_data``): then the smallest config within it
+            that bisection over sizes finds.
         schemes: What each layer may have.
         solver: ``auto``, a name in `mpq.search.SOLVERS`, or a solver.
         eval_data: Labelled batches; if given, the result is measured on them.

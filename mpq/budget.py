@@ -26,7 +26,7 @@ UNITS: dict[str, dict[str, float]] = {
     "active_bytes": {"": 1.0, **_BYTES, "%": 0.01},
     "compute_cost": {**_COUNTS, "%": 0.01},
     "bops": {**_COUNTS, "%": 0.01},
-    "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "%": 0.01},
+    "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "nJ": 1e-9, "pJ": 1e-12, "%": 0.01},
     "accuracy_drop": {"%": 0.01},  # percentage points; without a unit, .5 could be meant as half a point or as half
 }
 _BUDGET = re.compile(r"\s*(\w+)\s*(<=|≤)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
@@ -90,6 +90,21 @@ class Budget:
             raise BudgetError(f"{text!r} allows more than 100 percentage points")
         relative = unit == "%" and metric != "accuracy_drop"
         return cls(metric, value, relative, f"{metric}<={number}{unit}")
+
+
+def rounded_up(metric: str, value: float) -> str:
+    """A budget with a limit of four digits, never below a value (over 0) in the metric's own unit.
+
+    Example:
+        >>> rounded_up("latency", 6.43621345e-6), rounded_up("size", 1_234_561.0), rounded_up("avg_bits", 2.0)
+        ('latency<=6.437us', 'size<=1.235MB', 'avg_bits<=2')
+    """
+    known = {u: f for u, f in UNITS[metric].items() if u != "%" and "i" not in u}
+    below = [u for u in known if known[u] <= value] or [min(known, key=known.__getitem__)]
+    unit = max(below, key=known.__getitem__)
+    scaled = value / known[unit]
+    step = 10.0 ** (math.floor(math.log10(scaled)) - 3)
+    return f"{metric}<={math.ceil(scaled / step - 1e-9) * step:.10g}{unit}"
 
 
 def parse_budgets(budgets: str | Budget | Iterable[str | Budget]) -> tuple[Budget, ...]:

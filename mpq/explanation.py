@@ -38,9 +38,11 @@ class Price:
         used: Metric of the config.
         limit: Of the budget.
         unit: Of both.
-        price: Loss saved per unit of a higher limit, for small changes (dual price of the linear relaxation); 0 where
-            the limit does not bind.
+        price: Loss saved per unit of a higher limit, for small changes (dual price of the linear relaxation;
+            conversions are those with the others' choices); 0 where the limit does not bind.
         step: A round amount, 0.1 to 1 % of the limit.
+        binding: A higher limit would lower the loss; with conversions perhaps at no price, where only changes of
+            several groups together do.
     """
 
     used: float
@@ -48,11 +50,7 @@ class Price:
     unit: str
     price: float
     step: float
-
-    @property
-    def binding(self) -> bool:
-        """A higher limit would lower the loss."""
-        return self.price > 0
+    binding: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +94,10 @@ class Explanation:
         """One row per group.
 
         ``loss`` is the group's part of the predicted loss: its own and half of its interactions with the others.
-        ``costs`` holds its part of every metric. ``runner_up`` is the scheme that it would be cheapest to have instead
-        at the prices of the limits (None for a group with one scheme), with what the loss (``runner_up_loss``) and the
-        metrics (``runner_up_costs``) would change by if nothing else did; ``margin`` is that loss with the change of
-        the metrics priced in.
+        ``costs`` holds its part of every metric, half of its conversions included. ``runner_up`` is the scheme that it
+        would be cheapest to have instead at the prices of the limits (None for a group with one scheme), with what the
+        loss (``runner_up_loss``) and the metrics (``runner_up_costs``) would change by if nothing else did; ``margin``
+        is that loss with the change of the metrics priced in.
         """
         problem, groups = self._problem(), np.arange(len(self.pick))
         raw = self.solution.objective
@@ -110,6 +108,7 @@ class Explanation:
         priced = (margin - alone) * _slope(self.analysis, self.loss)
         names = [str(s) for s in self.analysis.space.schemes]
         metrics = self.analysis.costs.items()
+        between = {m: 0 * alone if c.pairs is None else c.pairs.with_others(self.pick) / c.divisor for m, c in metrics}
         rows = []
         for g, group in enumerate(self.analysis.space.groups):
             s, r = int(self.pick[g]), int(self.choices.runner_up[g])
@@ -118,7 +117,7 @@ class Explanation:
                 "layers": [x.name for x in group.layers],
                 "scheme": names[s],
                 "loss": float(part[g]),
-                "costs": {m: c.part(g, s, self.pick) for m, c in metrics},
+                "costs": {m: c.part(g, s, self.pick) + between[m][g, s] / 2 for m, c in metrics},
                 "runner_up": None,
                 "runner_up_loss": None,
                 "runner_up_costs": None,
@@ -127,7 +126,10 @@ class Explanation:
             if r >= 0:
                 row["runner_up"] = names[r]
                 row["runner_up_loss"] = float(change[g, r])
-                row["runner_up_costs"] = {m: c.part(g, r, self.pick) - row["costs"][m] for m, c in metrics}
+                row["runner_up_costs"] = {
+                    m: c.part(g, r, self.pick) - c.part(g, s, self.pick) + between[m][g, r] - between[m][g, s]
+                    for m, c in metrics
+                }
                 row["margin"] = float(change[g, r] + priced[g, r])
             rows.append(row)
         return rows
@@ -170,7 +172,7 @@ class Explanation:
             "loss": self.loss,
             "status": self.solution.status.value,
             "gap": self.solution.gap if math.isfinite(self.solution.gap) else None,
-            "prices": {m: {**vars(p), "binding": p.binding} for m, p in self.prices.items()},
+            "prices": {m: vars(p) for m, p in self.prices.items()},
             "reach": {m: vars(r) for m, r in self.feasibility.metrics.items()},
             "groups": self.table(),
             "provenance": dict(sorted(self.analysis.provenance.items())),
@@ -193,11 +195,11 @@ class Explanation:
         lines = [f"{', '.join(b.text for b in self.budgets)}: predicted {loss} rise {self.loss:.5g} ({status})"]
         for m, p in self.prices.items():
             show, reach = self.analysis.costs[m].scaled, self.feasibility.metrics[m]
-            told = (
-                f"binds: {show(p.step)} more would save about {p.price * p.step:.2g} of loss"
-                if p.binding
-                else "does not bind: a higher limit would buy nothing"
-            )
+            told = "does not bind: a higher limit would buy nothing"
+            if p.price > 0:
+                told = f"binds: {show(p.step)} more would save about {p.price * p.step:.2g} of loss"
+            elif p.binding:
+                told = "binds: a higher limit saves loss once several groups can change together"
             lines.append(f"{m} {show(p.used)} of {show(p.limit)}, {told}")
             lines.append(f"{m} can reach {show(reach.least)} to {show(reach.most)}")
         return lines
@@ -263,7 +265,8 @@ def make_explanation(analysis: Analysis, budgets: tuple[Budget, ...], solver: st
         limit = budget.limit(cost.reference)
         step = 10.0 ** math.floor(math.log10(limit / 100) + 1e-9)
         price = choices.prices[cost.name] * cost.divisor * slope
-        prices[budget.metric] = Price(cost.total(solution.pick), limit, cost.unit, price, step)
+        binding = cost.name in choices.binding
+        prices[budget.metric] = Price(cost.total(solution.pick), limit, cost.unit, price, step, binding)
     config = analysis.config_for(budgets, solution)
     feasibility = make_feasibility(analysis, budgets)
     return Explanation(analysis, budgets, solution, config, prices, feasibility, choices, solver)

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from mpq.budget import Budget
+import numpy as np
+
+from mpq.budget import Budget, rounded_up
 from mpq.cost_models.table import Cost
 from mpq.problem import Problem
 from mpq.search.feasibility import least_usage, smallest_relaxation
@@ -24,8 +26,9 @@ class Reach:
 
     Attributes:
         unit: Of all values.
-        least: Smallest value of any config; of a metric that is the largest of several sums, a bound of it.
-        most: Largest, likewise.
+        least: Smallest value of any config; a bound of it for a metric that is the largest of several sums, and with
+            conversions where time ran out.
+        most: Largest, likewise; with conversions a bound.
         limit: Of its budget, None without one.
         with_others: Smallest value under the budgets of other metrics; None where those can't be met, the metric is the
             largest of several sums or, within the time limit, no config was found.
@@ -86,11 +89,12 @@ class Feasibility:
             if limit is not None and least > limit * (1 + 1e-9):
                 parts.append(f"{text[m]} ({show[m](limit)}) is below the smallest reachable {show[m](least)}")
         start = "; ".join(parts)
-        if not parts:
+        if not parts and len(self.budgets) == 1:
+            start = f"{self.budgets[0]} is too low: {', '.join(self._relaxed())} can be met{self._doubt()}"
+        elif not parts:
             found = {m: r.with_others for m, r in self.metrics.items() if r.limit is not None}
-            start = f"{_listed(self.budgets)} can be met alone but not together; " + "; ".join(
-                f"under the others, {m} reaches {show[m](v)}" for m, v in found.items() if v is not None
-            )
+            others = [f"under the others, {m} reaches {show[m](v)}" for m, v in found.items() if v is not None]
+            start = "; ".join([f"{_listed(self.budgets)} can be met alone but not together", *others])
         return (
             f"the budget can't be met: {start}. Smallest reachable: {reach}. Loosen the limit or allow lower bits"
             f"{self._remedy()}"
@@ -101,13 +105,18 @@ class Feasibility:
         if len(self.relaxed) < 2:
             return ""
         alone = [
-            f"only {m}<={_rounded_up(r.with_others)}"
+            f"only {rounded_up(m, r.with_others)}"
             for m, r in self.metrics.items()
             if r.limit is not None and r.with_others is not None and r.with_others > r.limit
         ]
-        limits = ", ".join(f"{m}<={_rounded_up(v)}" for m, v in self.relaxed.items())
-        every = f"all limits by {self.relaxation:.2%} ({limits})" + ("" if self.proven else ", not proven smallest")
+        every = f"all limits by {self.relaxation:.2%} ({', '.join(self._relaxed())}){self._doubt()}"
         return f"; smallest relaxation: {', or '.join([*alone, every])}"
+
+    def _relaxed(self) -> list[str]:
+        return [rounded_up(m, v) for m, v in self.relaxed.items()]
+
+    def _doubt(self) -> str:
+        return "" if self.proven else ", not proven smallest"
 
     def to_json(self) -> str:
         """All of it but the costs."""
@@ -162,18 +171,19 @@ def make_feasibility(analysis: Analysis, budgets: tuple[Budget, ...], time_limit
             every = (*(c for c in problem.constraints if c.name != m), cost.constraint(math.inf))
             pick = least_usage(Problem(problem.loss, every), m, time_limit).pick
             others = None if pick is None else cost.total(pick)
-        low, high = cost.cost_floor(problem.allowed), cost.cost_ceiling(problem.allowed)
-        reach[m] = Reach(cost.unit, cost.metric(low), cost.metric(high), limits.get(m), others)
+        low, high = _range(problem, cost, time_limit)
+        reach[m] = Reach(cost.unit, low, high, limits.get(m), others)
     return Feasibility(tuple(b.text for b in budgets), reach, found.share, relaxed, found.proven, analysis.costs)
+
+
+def _range(problem: Problem, cost: Cost, time_limit: float) -> tuple[float, float]:
+    """Least and most of a metric, whatever the budgets."""
+    low, high = cost.cost_floor(problem.allowed), cost.cost_ceiling(problem.allowed)
+    if cost.pairs is not None:
+        free = Problem(problem.loss, (cost.constraint(math.inf),))
+        low, high = np.maximum(low, least_usage(free, cost.name, time_limit).bound), high + cost.pairs.largest
+    return cost.metric(low), cost.metric(high)
 
 
 def _listed(texts: tuple[str, ...]) -> str:
     return " and ".join(texts)
-
-
-def _rounded_up(value: float) -> str:
-    """Four digits, never below the value."""
-    if value == 0:
-        return "0"
-    step = 10.0 ** (math.floor(math.log10(abs(value))) - 3)
-    return f"{math.ceil(value / step - 1e-9) * step:.10g}"

@@ -40,9 +40,10 @@ class Frontier(Sequence[BitConfig]):
         loss: Predicted loss of each point ``[P]``, falling.
         picks: Scheme index per group of each point ``[P, G]``.
         exact: True if the points come from all trade-offs there are (perhaps thinned, see `total`); False if they are
-            those of the convex hull or, with interactions, the best that local search found.
+            those of the convex hull or, with interactions or conversions, the best that were found.
         total: How many points the frontier has before thinning.
         interacting: The loss counts interactions between layers.
+        converting: The cost counts conversions between layers.
     """
 
     analysis: Analysis = field(repr=False)
@@ -54,11 +55,14 @@ class Frontier(Sequence[BitConfig]):
     exact: bool
     total: int
     interacting: bool = False
+    converting: bool = False
 
     @property
     def kind(self) -> str:
-        """``exact``, ``convex`` or ``interaction-aware``."""
-        return "interaction-aware" if self.interacting else "exact" if self.exact else "convex"
+        """``exact``, ``convex``, ``interaction-aware`` or ``conversion-aware``."""
+        if self.interacting:
+            return "interaction-aware"
+        return "exact" if self.exact else "conversion-aware" if self.converting else "convex"
 
     def __len__(self) -> int:
         return len(self.picks)
@@ -101,6 +105,7 @@ class Frontier(Sequence[BitConfig]):
             "unit": self.unit,
             "exact": self.exact,
             "interactions": self.interacting,
+            "conversions": self.converting,
             "total": self.total,
             "points": points,
             "provenance": dict(sorted(self.analysis.provenance.items())),
@@ -142,11 +147,11 @@ def make_frontier(analysis: Analysis, cost: Cost, max_points: int = 400) -> Fron
     """
     cost.require_sum()
     problem = analysis.problem()
-    if cost.pairs is not None and cost.pairs.cost.any():
-        return _frontier(analysis, cost, _with_pairs(analysis, cost, max_points), interacting=True)
+    interacting = problem.interactions is not None and bool(problem.interactions.any())
+    if _converting(cost):
+        return _frontier(analysis, cost, _with_pairs(analysis, cost, max_points), interacting)
     hull = convex_frontier(problem.loss, cost.rows[..., 0])
     found = exact_frontier(problem.loss, cost.rows[..., 0]) or hull
-    interacting = problem.interactions is not None and bool(problem.interactions.any())
     if interacting:
         found = _interacting(analysis, problem, cost, found)
     keep = np.arange(len(found.cost))
@@ -165,7 +170,12 @@ def _frontier(
 ) -> Frontier:
     metric = np.array([cost.metric(c) for c in found.cost])
     points = len(metric) if points is None else points
-    return Frontier(analysis, cost.name, cost.unit, metric, found.loss, found.picks, found.exact, points, interacting)
+    facts = found.exact, points, interacting, _converting(cost)
+    return Frontier(analysis, cost.name, cost.unit, metric, found.loss, found.picks, *facts)
+
+
+def _converting(cost: Cost) -> bool:
+    return cost.pairs is not None and bool(cost.pairs.cost.any())
 
 
 def _with_pairs(analysis: Analysis, cost: Cost, max_points: int) -> FrontierPicks:

@@ -47,6 +47,15 @@ class PairCosts:
         first, second = np.asarray(pick, np.int64)[self.groups.T]
         return float(self.cost[np.arange(len(self.cost)), first, second].sum())
 
+    def with_others(self, pick: ArrayLike) -> Floats:
+        """What each choice costs with what all other groups of a pick ``[G]`` took ``[G, S]``."""
+        picks, rows = np.asarray(pick, np.int64), np.arange(len(self.cost))
+        first, second = self.groups.T
+        found = np.zeros((len(picks), self.cost.shape[1]))
+        np.add.at(found, first, self.cost[rows, :, picks[second]])
+        np.add.at(found, second, self.cost[rows, picks[first]])
+        return found
+
     def interactions(self, groups: int) -> Floats:
         """The same costs as interactions ``[G, S, G, S]``."""
         S = self.cost.shape[1]
@@ -313,5 +322,8 @@ def infeasible(problem: Problem, seconds: float, solver: str) -> Solution:
         if len(over):
             r = over[0]
             parts.append(f"{c.name} <= {c.limit[r]:g} {c.unit}: the smallest reachable is {least[r]:g}")
-    message = "; ".join(parts) or "each constraint can be met alone, but not all together"
+    pairs = [c.name for c in problem.constraints if c.pairs is not None]
+    together = "no pick meets all constraints" if pairs else "each constraint can be met alone, but not all together"
+    beside = f", with what neighbours add to {', '.join(pairs)}" if pairs else ""
+    message = "; ".join(parts) or together + beside
     return Solution(Status.INFEASIBLE, None, float("inf"), float("inf"), {}, seconds, solver, {}, message)

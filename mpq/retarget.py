@@ -42,13 +42,15 @@ def retarget(analysis: Analysis, device: str | Device, drop_useless: bool) -> An
 
 
 def _useful(space: SearchSpace) -> NDArray[np.bool_]:
-    """The allowed schemes without those that are no faster than a wider one in any layer of their group."""
-    found = quantization_friendliness(space.graph, space.device, space.schemes)
-    useless = dict(zip((x.name for x in found.layers), found.useless, strict=True))
-    dropped = np.array([np.all([useless[x.name] for x in g.layers], axis=0) for g in space.groups], bool)
-    keep: NDArray[np.bool_] = space.allowed & ~dropped
-    some = np.logical_or.reduce(keep, axis=1, keepdims=True)
-    return np.where(some, keep, space.allowed)
+    """The allowed schemes without those that are no faster than a wider allowed one in any layer of their group."""
+    keep = space.allowed.copy()
+    for row in np.unique(space.allowed, axis=0):
+        columns = np.flatnonzero(row)
+        found = quantization_friendliness(space.graph, space.device, [space.schemes[i] for i in columns])
+        useless = dict(zip((x.name for x in found.layers), found.useless, strict=True))
+        for g in np.flatnonzero((space.allowed == row).all(1)):
+            keep[g, columns] = ~np.all([useless[x.name] for x in space.groups[g].layers], axis=0)
+    return keep
 
 
 def _columns(table: SensitivityTable, columns: NDArray[np.int64]) -> SensitivityTable:

@@ -10,9 +10,10 @@ import numpy as np
 
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem
-from mpq.search.interaction import separable_solver, symmetric
+from mpq.search.interaction import separable_solver, solver_for, symmetric
 from mpq.search.lagrangian import relax
-from mpq.search.local_search import LocalSearch, with_others
+from mpq.search.linearized import linearized
+from mpq.search.local_search import LocalSearch
 from mpq.search.rows import binding_rows, named_prices
 
 _RELAX_SECONDS = 10.0
@@ -32,34 +33,58 @@ class Alternatives:
             its choice to whole steps: the linear relaxation would take the other.
         runner_up: Allowed scheme of each group with the least margin that is not picked, -1 without one ``[G]``.
         prices: Constraint name -> loss saved per unit that all its rows are loosened.
+        binding: Names of the constraints without which the loss would be less. One with pair costs may bind at no
+            price: where only changes of several groups together save loss.
     """
 
     change: Floats
     margin: Floats
     runner_up: Ints
     prices: dict[str, float]
+    binding: frozenset[str]
 
 
 def explain_pick(problem: Problem, pick: Ints) -> Alternatives:
     """Prices and runners-up of a pick.
 
-    Dual prices are those of the linear relaxation; with interactions, of the problem in which each group's are as they
-    are with the others' choices.
+    Dual prices are those of the linear relaxation; with interactions or pair costs, of the problem in which each
+    group's are as they are with the others' choices.
 
     Args:
         problem: What was solved.
         pick: A feasible pick ``[G]``.
     """
     groups = np.arange(len(pick))
-    cost, limit = binding_rows(problem)
-    loss = problem.loss + with_others(problem, pick)
+    linear = linearized(problem, pick)
+    (cost, limit), loss = binding_rows(linear), linear.loss
     relaxed = relax(loss, cost, limit, time.perf_counter() + _RELAX_SECONDS)
     change = loss - loss[groups, pick][:, None]
     margin = change + (cost - cost[groups, pick][:, None]) @ relaxed.prices
     rivals = margin.copy()
     rivals[groups, pick] = np.inf
     found = np.where(np.isfinite(rivals).any(1), rivals.argmin(1), -1)
-    return Alternatives(change, margin, found, named_prices(problem, relaxed.prices))
+    span = np.where(linear.allowed[..., None], np.abs(cost - cost[groups, pick][:, None]), 0.0).max(1).sum(0)
+    worth = relaxed.prices * span > _TIE * np.abs(loss[linear.allowed]).sum()  # less is rounding
+    prices = named_prices(linear, np.where(worth, relaxed.prices, 0.0))
+    binding = frozenset(name for name, price in prices.items() if price > 0 or _binds(problem, pick, name))
+    return Alternatives(change, margin, found, prices, binding)
+
+
+def _binds(problem: Problem, pick: Ints, name: str) -> bool:
+    """Whether a better pick is found without a constraint that has pair costs; the others have their price."""
+    others = tuple(c for c in problem.constraints if c.name != name or c.pairs is None)
+    if len(others) == len(problem.constraints):
+        return False
+    without = replace(problem, constraints=others)
+    found = solver_for(without, _RELAX_SECONDS).solve(without).pick
+    return found is not None and not _as_good(problem, pick, found)
+
+
+def _as_good(problem: Problem, pick: Ints, other: Ints) -> bool:
+    """Whether a pick is as good as another, but for rounding."""
+    objective = problem.objective(pick)
+    terms = float(np.abs(problem.loss[np.arange(len(pick)), pick]).sum()) + abs(objective)
+    return objective <= problem.objective(other) + _TIE * terms
 
 
 def resampled(problem: Problem, stderr: Floats, rows: Floats | None, count: int, seed: int = 0) -> Iterator[Problem]:
@@ -131,6 +156,4 @@ def survivors(pick: Ints, drawn: Iterator[Problem], time_limit: float) -> Iterat
         if problem.interactions is not None and len(pick) > 1:
             search = LocalSearch(symmetric(problem), np.inf)
             best = search.search([pick, best], _KICKS, _MOVES * time_limit, np.inf, np.random.default_rng(0))
-        objective = problem.objective(pick)
-        terms = float(np.abs(problem.loss[np.arange(len(pick)), pick]).sum()) + abs(objective)
-        yield pick if objective <= problem.objective(best) + _TIE * terms else best
+        yield pick if _as_good(problem, pick, best) else best

@@ -11,7 +11,7 @@ import numpy as np
 import pulp
 
 from mpq.errors import MpqError
-from mpq.problem import Constraint, Floats, Ints, Problem, Solution
+from mpq.problem import Constraint, Floats, Ints, Problem, Solution, Status
 from mpq.search.interaction import solver_for
 
 _DOUBTFUL = 1e-8
@@ -59,8 +59,8 @@ def smallest_relaxation(
 ) -> Relaxation:
     """The smallest ``t`` for which the limits ``limit + t * unit`` can be met together.
 
-    One row: from what each group takes at least. Several: an integer program with ``t`` as its one continuous variable,
-    by PuLP with HiGHS.
+    One row: from what each group takes at least, or `least_usage` with pair costs. Several: an integer program with
+    ``t`` as its one continuous variable, by PuLP with HiGHS; pair costs are added to its answer, not minimized with it.
 
     Args:
         problem: Limits that are infinite are left out.
@@ -76,16 +76,22 @@ def smallest_relaxation(
         return Relaxation(0.0, problem.allowed.argmax(1), True)
     over = np.stack([cost for cost, _ in rows], 2)  # costs and limits in units of the relaxation
     limit = np.array([limit for _, limit in rows])
-    if len(rows) == 1:
+    alone = limited[0][0] if len(rows) == 1 else None
+    if alone is not None and alone.pairs is not None:
+        least = least_usage(Problem(problem.loss, (alone,)), alone.name, time_limit)
+        pick = problem.allowed.argmax(1) if least.pick is None else least.pick
+        proven = least.status is Status.OPTIMAL
+    elif alone is not None:
         pick, proven = np.where(problem.allowed, over[..., 0], np.inf).argmin(1), True
     else:
         pick, proven = _least_excess(problem, over, limit, time_limit)
+        proven = proven and all(c.pairs is None for c, _ in limited)  # they are added up, not minimized
     pairs = [c.pairs.total(pick) / _unit(c, 0, units) if c.pairs else 0.0 for c, _ in limited]
     excess = max(0.0, float((over[np.arange(len(pick)), pick].sum(0) + pairs - limit).max()))
-    proven = proven and not any(pairs)  # they are added up, not minimized
     if problem.feasible(pick):
         return Relaxation(0.0, pick, True)
-    if excess < _DOUBTFUL:  # within HiGHS's tolerance another pick may need none
+    # Within HiGHS's tolerance another pick may need none, and with pair costs at any excess.
+    if excess < _DOUBTFUL or (any(pairs) and not proven):
         free = Problem(np.where(problem.allowed, 0.0, np.inf), problem.constraints)
         found = solver_for(free, time_limit).solve(free).pick
         if found is not None:

@@ -12,6 +12,7 @@ from mpq.errors import MpqError
 from mpq.problem import Ints, Problem, Solution, Status, infeasible, solved, without_groups
 from mpq.search.core import Core
 from mpq.search.lagrangian import relax
+from mpq.search.linearized import dual_prices
 from mpq.search.repair import Repair
 from mpq.search.rows import binding_pairs, binding_rows, fitting, named_prices
 
@@ -72,7 +73,12 @@ class Ilp:
         status = run.solve()
         seconds = time.perf_counter() - started
         if run.pick is not None:
-            prices = named_prices(problem, run.prices)
+            pairs = any(c.pairs is not None for c in problem.constraints)
+            prices = (
+                dual_prices(problem, run.pick, started + self.time_limit)
+                if pairs
+                else named_prices(problem, run.prices)
+            )
             return solved(problem, run.pick, run.bound, seconds, "ilp", prices, proven=status is Status.OPTIMAL)
         if status is Status.INFEASIBLE:
             return infeasible(problem, seconds, "ilp")

@@ -14,10 +14,10 @@ from mpq.problem import Floats, Ints, Problem, Solution, solved
 from mpq.search.exhaustive import totals
 from mpq.search.ilp import Ilp
 from mpq.search.knapsack import Knapsack
-from mpq.search.lagrangian import relax
-from mpq.search.local_search import LocalSearch, with_others
+from mpq.search.linearized import dual_prices
+from mpq.search.local_search import LocalSearch
 from mpq.search.psd_bound import PsdBound, separable_bound
-from mpq.search.rows import fitting, named_prices
+from mpq.search.rows import fitting
 
 Mask = NDArray[np.bool_]
 
@@ -81,7 +81,7 @@ class Interaction:
             rng = np.random.default_rng(self.seed)
             tree.offer(search.search(starts, self.restarts, _MOVES * self.time_limit, until, rng))
         proven = tree.run()
-        prices = _prices(search, tree.pick, started + self.time_limit)
+        prices = dual_prices(search.problem, tree.pick, started + self.time_limit)
         seconds = time.perf_counter() - started
         return solved(problem, tree.pick, tree.bound, seconds, "interaction", prices, proven=proven)
 
@@ -238,12 +238,6 @@ def separable_solver(problem: Problem, seconds: float = 60.0) -> Knapsack | Ilp:
 def solver_for(problem: Problem, seconds: float) -> Knapsack | Ilp | Interaction:
     """The solver for any problem, with a time limit."""
     return separable_solver(problem, seconds) if problem.interactions is None else Interaction(seconds)
-
-
-def _prices(search: LocalSearch, pick: Ints, deadline: float) -> dict[str, float]:
-    """Dual prices of the linear relaxation with each group's interactions as they are with the others' choices."""
-    loss = search.problem.loss + with_others(search.problem, pick)
-    return named_prices(search.problem, relax(loss, search.cost, search.limit, deadline).prices)
 
 
 def _few(keep: Mask) -> bool:

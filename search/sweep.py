@@ -68,9 +68,8 @@ class Sweep(MeasuredSearch):
 
 
 def _least(problem: Problem, constraint: Constraint) -> float:
-    """The least cost to begin at; with costs of pairs, which can't be minimised, what each group costs at least."""
-    if constraint.pairs is None:
-        found = least_usage(problem, constraint.name)
-        if found.pick is not None:
-            return found.objective
+    """The least cost under the other constraints; where none is found in time, what each group costs at least."""
+    found = least_usage(problem, constraint.name)
+    if found.pick is not None:
+        return found.objective
     return float(problem.smallest_usage()[constraint.name][0])

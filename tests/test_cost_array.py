@@ -1,8 +1,5 @@
-import importlib.util
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,19 +29,9 @@ EMBEDDING = LayerSpec("embed", "embedding", (100, 16), (100, 16), (7,), (7, 16),
 LAYERS = [conv("wide", 40, 70, 6), conv("stem", 3, 16, 12, 3), conv("depthwise", 48, 48, 7, 3, 48), EMBEDDING]
 
 
-@pytest.fixture(scope="module")
-def fidelity():
-    folder = Path(__file__).parents[1] / "benchmarks"
-    if not (folder / "fidelity_accelerators.py").is_file():
-        pytest.skip("needs the checkout, not only the wheel")
-    spec = importlib.util.spec_from_file_location("fidelity_accelerators", folder / "fidelity_accelerators.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(folder))
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(folder))
-    del sys.modules[spec.name]
+@pytest.fixture
+def fidelity(load_benchmark):
+    return load_benchmark("fidelity_accelerators")
 
 
 @pytest.mark.parametrize(

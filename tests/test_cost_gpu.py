@@ -1,14 +1,11 @@
 """The GPU cost model against a slow twin, hand-worked kernels, published figures, and its own rules."""
 
-import importlib.util
 import itertools
 import json
 import math
-import sys
 import time
 from dataclasses import replace
 from importlib import resources
-from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -28,7 +25,6 @@ from mpq.layers import LayerGraph, LayerSpec
 from mpq.quantizers.formats import NumberFormat, Scheme
 from mpq.space import make_space
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GPUS = [name for name, device in all_devices().items() if device.kind == "gpu"]
 SCHEMES = [Scheme.parse(s) for s in ("W4A4", "W8A8", "W4A8", "W4:g32A16", "W8A16", "W16A16", "W32")]
 
@@ -377,25 +373,9 @@ def test_kv_cache_of_fused_grouped_and_repeated_projections():
         KvCache({"k": 8}).seconds(NumberFormat.parse("fp16"), find_device("generic"))
 
 
-def benchmark(name, monkeypatch):
-    """A benchmark module; skips where it or its figures are not at hand."""
-    if not BENCHMARKS.is_dir():
-        pytest.skip("needs the checkout, not only the wheel")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for helper in ("fidelity", "hawq_layers"):
-        monkeypatch.delitem(sys.modules, helper, raising=False)
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    if not (module.SHARED if hasattr(module, "SHARED") else Path(module.load.__globals__["SHARED"])).exists():
-        pytest.skip("no reference figures in ../shared")
-    return module
-
-
-def test_the_t4_is_what_its_tuning_logs_say(monkeypatch):
+def test_the_t4_is_what_its_tuning_logs_say(load_benchmark):
     """The shipped figures are the fit's: no step of one of them by 3 % has a lower error."""
-    fit = benchmark("fit_gpu", monkeypatch)
+    fit = load_benchmark("fit_gpu", reference=True)
     logs = fit.read_logs()
     assert len(logs.seconds) == 74
     device = fit.without_requantization(find_device("t4:batch=8"))
@@ -409,9 +389,9 @@ def test_the_t4_is_what_its_tuning_logs_say(monkeypatch):
     assert all(0.02 < values[k] < 0.13 for k in ("int4", "int8"))
 
 
-def test_published_figures_of_hawq(monkeypatch):
+def test_published_figures_of_hawq(load_benchmark):
     """Sizes, BitOps and T4 latencies that nothing was fitted on."""
-    module = benchmark("fidelity_gpu", monkeypatch)
+    module = load_benchmark("fidelity_gpu", reference=True)
     rows = module.table_columns() + module.t4_latencies()
     assert len(rows) == 16
     assert [r.name for r in rows if not r.met] == []

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from dataclasses import replace
 from importlib import resources
 
 import numpy as np
@@ -16,6 +18,8 @@ from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, UnreachableError
 from mpq.problem import Status
 from mpq.quantizers.formats import Scheme
+from mpq.search import Ilp
+from mpq.sensitivity import SensitivityTable
 from mpq.testing import tiny_network
 
 SCHEMES = "W4A4,W8A8"
@@ -270,6 +274,87 @@ def test_useless_schemes_leave_the_space():
     # No arithmetic is narrower than int8 there, and such small layers are bound by their set-up.
     assert kept.space.allowed.tolist() == [[False, False, True]] * len(every.space.groups)
     assert every.on("x86_vnni").space.allowed.all()
+    allowed = every.space.allowed.copy()
+    allowed[0, 2] = False  # what a layer may not have is no reason to drop others
+    some = replace(every, space=replace(every.space, allowed=allowed)).on("x86_vnni", drop_useless=True)
+    assert some.space.allowed.tolist() == [[False, True, False], *[[False, False, True]] * (len(allowed) - 1)]
+
+
+def test_frontier_says_what_it_counts(alternating):
+    front = alternating.pareto("latency")
+    data = json.loads(front.to_json())
+    assert (front.kind, data["interactions"], data["conversions"]) == ("conversion-aware", False, True)
+    assert "conversion-aware frontier" in repr(front)
+    data = json.loads(alternating.pareto("size").to_json())
+    assert (data["interactions"], data["conversions"]) == (False, False)
+
+
+@pytest.fixture(scope="module")
+def alternating(analysis):
+    """With losses made up so that neighbours like different formats."""
+    loss = np.where([[True, False], [False, True]] * 2, 0.0, [[4.0], [3.0], [2.0], [1.0]])
+    names = analysis.table.groups, analysis.table.schemes
+    table = SensitivityTable(*names, loss, np.zeros((4, 2)), provenance=analysis.table.provenance)
+    return replace(analysis, table=table)
+
+
+def test_rows_of_an_explanation_count_conversions(alternating):
+    analysis, cost = alternating, alternating.cost("latency")
+    loose, found = analysis.explain("latency<=1ms"), analysis.explain("latency<=12us")
+    assert not loose.prices["latency"].binding
+    assert "does not bind" in repr(loose)
+    assert found.prices["latency"].binding
+    assert "latency 11.1" in repr(found)
+    assert "does not bind" not in repr(found)
+    assert cost.pairs.total(found.pick) > 0
+    rows = found.table()
+    assert sum(r["costs"]["latency"] for r in rows) + cost.constant == pytest.approx(cost.total(found.pick))
+    for g, row in enumerate(rows):
+        pick = found.pick.copy()
+        pick[g] = 1 - pick[g]
+        assert row["runner_up_costs"]["latency"] == pytest.approx(cost.total(pick) - cost.total(found.pick))
+
+
+def test_feasibility_counts_conversions(alternating):
+    """The first two layers may have one format each: they convert whatever is picked."""
+    allowed = np.array([[True, False], [False, True], [True, True], [True, True]])
+    analysis = replace(alternating, space=replace(alternating.space, allowed=allowed))
+    cost = analysis.cost("latency")
+    picks = [p for p in every_pick(analysis) if allowed[np.arange(4), p].all()]
+    totals = np.array([cost.total(p) for p in picks])
+    limit = (totals.min() + cost.metric(cost.cost_floor(allowed))) / 2  # between, without conversions it is met
+    budget = f"latency<={limit:.9g}s"
+    found = analysis.feasibility(budget)
+    reach = found.metrics["latency"]
+    assert reach.least == pytest.approx(totals.min())
+    assert reach.most >= totals.max() * (1 - 1e-9)
+    assert found.binding == ("latency",)
+    assert found.relaxation == pytest.approx(totals.min() / limit - 1)
+    assert found.proven
+    assert "is below the smallest reachable" in found.message
+    assert "together" not in found.message
+    assert "with what neighbours add to latency" in Ilp().solve(analysis.problem(analysis.parse(budget))).message
+
+
+def test_relaxed_limits_can_be_typed_as_they_are(alternating):
+    size, energy = (alternating.cost(m) for m in ("size", "energy"))
+    least = [min(c.total(p) for p in every_pick(alternating)) for c in (size, energy)]
+    found = alternating.feasibility(f"energy<={least[1] * 0.9e9}nJ,latency<=7us,size<={least[0] * 2:.0f}")
+    assert not found.feasible
+    limits = re.search(r"all limits by [\d.]+% \((.*)\)", found.message).group(1)
+    assert alternating.feasibility(limits).feasible
+    assert "size<=" in limits
+    assert re.search(r"latency<=[\d.]+us", limits)
+    assert re.search(r"energy<=[\d.]+[munp]J", limits)
+
+
+def test_limits_that_fit_with_other_neighbours_are_no_conflict(alternating):
+    """What takes least without conversions misses the limits with them, but another config meets both."""
+    picks, names = every_pick(alternating), ("latency", "size")
+    totals = np.array([[alternating.cost(m).total(p) for m in names] for p in picks])
+    for limits in totals * (1 + 1e-9):
+        budget = f"latency<={limits[0] * 1e6:.12g}us,size<={limits[1]:.12g}"
+        assert alternating.feasibility(budget).feasible
 
 
 def test_a_metric_that_was_asked_for_changes_no_other_config():

@@ -12,10 +12,11 @@ import mpq
 from mpq.analysis import Analysis
 from mpq.errors import BudgetError, FormatError, GraphError, MpqError, UnreachableError
 from mpq.problem import Constraint, Problem, Status
-from mpq.search import Exhaustive, convex_frontier
+from mpq.search import Exhaustive, convex_frontier, explain
 from mpq.search.exhaustive import totals
 from mpq.search.explain import explain_pick, resampled, survivors
 from mpq.search.feasibility import intervals, least_usage, smallest_relaxation
+from mpq.search.lagrangian import relax
 from mpq.search.smallest import smallest_cost
 from mpq.sensitivity import SensitivityTable
 from mpq.testing import random_problem, tiny_network
@@ -54,6 +55,18 @@ def test_dual_prices_are_finite_differences_between_neighbours_on_the_hull():
         assert found.prices["size"] == pytest.approx(slope, rel=1e-6)
         assert np.nanmin(found.margin) >= -1e-9
     assert explain_pick(Problem(loss, (Constraint("size", "", cost, 9.0),)), loss.argmin(1)).prices == {"size": 0.0}
+
+
+def test_a_price_that_is_rounding_does_not_bind(monkeypatch):
+    loss, cost = np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
+    problem = Problem(loss, (Constraint("size", "", cost, 3.0), Constraint("time", "", 2 * cost, 7.0)))
+
+    def relaxed(*args):
+        return replace(relax(*args), prices=np.array([1.0, 1e-46]))
+
+    monkeypatch.setattr(explain, "relax", relaxed)
+    found = explain_pick(problem, np.array([0, 1]))
+    assert (found.prices, found.binding) == ({"size": 1.0, "time": 0.0}, {"size"})
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,6 +1,4 @@
-import importlib.util
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,19 +205,9 @@ def test_descent_ends_where_no_change_of_one_or_two_groups_helps(chunk, monkeypa
     assert moved > 5
 
 
-def highs_on_the_exact_linearization(problem, seconds):
-    file = Path(__file__).parents[1] / "benchmarks" / "solver_baselines.py"
-    if not file.is_file():
-        pytest.skip("needs the checkout, not only the wheel")
-    spec = importlib.util.spec_from_file_location("solver_baselines", file)
-    baselines = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(baselines)
-    return baselines.linearized_by_highs(problem, seconds)
-
-
-def test_equal_to_highs_on_the_exact_linearization():
+def test_equal_to_highs_on_the_exact_linearization(load_benchmark):
     """With a variable for each pair of choices; signs, ties and two limits occur."""
-    count = 0
+    count, highs = 0, load_benchmark("solver_baselines").linearized_by_highs
     for problem in [
         interacting_network(8, 3),
         interacting_network(6, 4, 1),
@@ -227,7 +215,7 @@ def test_equal_to_highs_on_the_exact_linearization():
     ]:
         if np.isinf(problem.loss).any() or any(c.limit[0] <= 0 for c in problem.constraints):
             continue
-        objective, proven = highs_on_the_exact_linearization(problem, 60)
+        objective, proven = highs(problem, 60)
         best = Interaction().solve(problem)
         assert proven == (best.status is Status.OPTIMAL)
         if proven:
@@ -246,11 +234,11 @@ def test_equal_to_trying_a_million_picks(seed):
 
 
 @pytest.mark.slow
-def test_never_worse_than_highs_given_a_minute():
+def test_never_worse_than_highs_given_a_minute(load_benchmark):
     """Ours in 5 s, with a bound that HiGHS does not contradict."""
-    problem = interacting_network(60)
+    problem, highs = interacting_network(60), load_benchmark("solver_baselines").linearized_by_highs
     best = Interaction(time_limit=5).solve(problem)
-    objective, _ = highs_on_the_exact_linearization(problem, 60)
+    objective, _ = highs(problem, 60)
     assert problem.feasible(best.pick)
     assert best.objective <= objective
     assert 0 < best.bound < best.objective

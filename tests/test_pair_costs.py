@@ -1,5 +1,7 @@
 """Costs of pairs of groups (conversions between neighbours) in constraints, against exhaustive search."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,18 @@ from hypothesis import strategies as st
 
 from mpq.errors import MpqError
 from mpq.problem import Constraint, PairCosts, Problem, Status
-from mpq.search import Exhaustive, Ilp, Interaction, Knapsack, auto_solver
+from mpq.search import (
+    Evaluations,
+    Exhaustive,
+    Ilp,
+    Interaction,
+    Knapsack,
+    RandomSearch,
+    Sweep,
+    auto_solver,
+)
+from mpq.search.explain import explain_pick
+from mpq.search.smallest import smallest_cost
 
 
 def chain(seed, groups=5, share=0.4, interactions=False):
@@ -29,6 +42,10 @@ def chain(seed, groups=5, share=0.4, interactions=False):
         joint[np.arange(groups), :, np.arange(groups)] = 0
     size = Constraint("size", "B", rng.integers(1, 9, (groups, 1)) * bits, np.array([np.inf]))
     return Problem(loss, (Constraint("latency", "s", cost, np.array([limit]), pairs), size), joint)
+
+
+def every_pick(problem):
+    return np.array(list(itertools.product(*(np.flatnonzero(row) for row in problem.allowed))))
 
 
 @given(seed=st.integers(0, 10_000), share=st.floats(0, 1))
@@ -81,8 +98,34 @@ def test_what_takes_no_pairs_says_so():
     problem = chain(0)
     with pytest.raises(MpqError, match="use the ilp"):
         Knapsack().solve(Problem(problem.loss, problem.constraints[:1]))
-    with pytest.raises(MpqError, match="can't be the objective"):
-        problem.least("latency", 1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_least_cost_with_pairs_equals_exhaustive_search(seed):
+    problem = chain(seed)
+    picks = every_pick(problem)
+    loss, cost = (np.array([f(p) for p in picks]) for f in (problem.objective, problem.constraints[0].usage))
+    limit = float(np.quantile(loss, 0.3))
+    found = smallest_cost(problem, "latency", limit)
+    assert found.status is Status.OPTIMAL
+    assert found.objective == pytest.approx(cost[loss <= limit].min(), rel=1e-9)
+    assert problem.objective(found.pick) <= limit * (1 + 1e-9)
+
+
+def test_sweep_begins_at_the_least_with_pairs():
+    """Two layers would each like another kind; together one of them has to change, or pays for it."""
+    pairs = PairCosts([[0, 1]], [[[0.0, 8.0], [8.0, 0.0]]])
+    latency = Constraint("latency", "s", np.array([[1.0, 4.0], [4.0, 1.0]]), np.array([10.0]), pairs)
+    problem = Problem(np.array([[1.0, 0.0], [1.0, 0.0]]), (latency,))
+    limits = []
+
+    class Noting(RandomSearch):
+        def explore(self, problem, evaluations):
+            limits.append(float(problem.constraints[0].limit[0]))
+            return super().explore(problem, evaluations)
+
+    Sweep(inner=Noting(), points=2).search(problem, Evaluations(problem.objective, limit=4))
+    assert limits == [5.0, 10.0]
 
 
 @pytest.mark.parametrize(
@@ -96,3 +139,50 @@ def test_what_takes_no_pairs_says_so():
 def test_bad_pairs_are_refused(groups, cost, match):
     with pytest.raises(MpqError, match=match):
         PairCosts(groups, cost)
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0.1, 0.9), interactions=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_limit_binds_if_the_loss_would_be_less_without_it(seed, share, interactions):
+    problem = chain(seed, groups=4, share=share, interactions=interactions)
+    best = Exhaustive().solve(problem)
+    if best.pick is None:
+        return
+    found = explain_pick(problem, best.pick)
+    free = Exhaustive().solve(Problem(problem.loss, problem.constraints[1:], problem.interactions))
+    assert ("latency" in found.binding) == (free.objective < best.objective - 1e-9)
+    price, latency = found.prices["latency"], problem.constraints[0]
+    for g, s in np.ndindex(problem.loss.shape):
+        pick = best.pick.copy()
+        pick[g] = s
+        added = latency.usage(pick)[0] - latency.usage(best.pick)[0]
+        assert found.margin[g, s] == pytest.approx(found.change[g, s] + price * added, abs=1e-9)
+
+
+def test_a_conversion_alone_may_bind():
+    """The middle layer wants the other kind, which adds two conversions; by its own costs everything fits."""
+    change = np.array([[0.0, 1.0], [1.0, 0.0]])
+    pairs = PairCosts([[0, 1], [1, 2]], [4 * change, 4 * change])
+    loss = np.array([[0.0, 5.0], [1.0, 0.0], [0.0, 5.0]])
+
+    def explained(limit):
+        problem = Problem(loss, (Constraint("latency", "s", np.full((3, 2), 1.0), np.array([limit]), pairs),))
+        return explain_pick(problem, Ilp().solve(problem).pick), Ilp().solve(problem)
+
+    (tight, solved), (loose, _) = explained(9.0), explained(11.0)
+    assert tight.binding == {"latency"}
+    assert tight.prices["latency"] == solved.prices["latency"] == pytest.approx(1 / 8)
+    assert (loose.binding, loose.prices) == (frozenset(), {"latency": 0.0})
+
+
+def test_a_limit_that_only_changes_together_can_use_binds_at_no_price():
+    """Neither layer gains by the other format alone, both together do."""
+    change = np.array([[0.0, 1.0], [1.0, 0.0]])
+    pairs = PairCosts([[0, 1]], [9 * change])
+    loss, joint = np.array([[0.0, 1.0], [0.0, 1.0]]), np.zeros((2, 2, 2, 2))
+    joint[0, 1, 1, 1] = joint[1, 1, 0, 1] = -4.0
+    cost = np.array([[1.0, 2.0], [1.0, 2.0]])
+    problem = Problem(loss, (Constraint("latency", "s", cost, np.array([3.0]), pairs),), joint)
+    found = explain_pick(problem, np.array([0, 0]))
+    assert found.prices == {"latency": 0.0}
+    assert found.binding == {"latency"}

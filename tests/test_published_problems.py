@@ -1,28 +1,21 @@
 """HAWQ-V3's published integer programs, where the reference figures are at hand."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from mpq.problem import Problem, Status
 from mpq.search import Ilp, Knapsack, exact_frontier
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "search_hawq.py"
-if not FILE.is_file():
-    pytest.skip("needs the checkout, not only the wheel", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("search_hawq", FILE)
-hawq = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hawq)
-FOLDER = hawq.SHARED / "reference"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="no reference figures in ../shared")
+
+@pytest.fixture
+def hawq(load_benchmark):
+    return load_benchmark("search_hawq", reference=True)
 
 
-@pytest.mark.parametrize("network", hawq.NETWORKS)
-def test_all_are_solved_to_their_known_optimum(network):
+@pytest.mark.parametrize("network", ["resnet18", "resnet50"])
+def test_all_are_solved_to_their_known_optimum(hawq, network):
     """By three ways; all but one are the published configs, bit by bit."""
-    data = hawq.load(FOLDER, f"hawqv3_{network}")
+    data = hawq.load(hawq.SHARED / "reference", f"hawqv3_{network}")
     group, problems = hawq.hawq_problems(data)
     different = []
     for name, problem in problems.items():
@@ -43,9 +36,9 @@ def test_all_are_solved_to_their_known_optimum(network):
     assert different == (["modelsize_0.25"] if network == "resnet50" else [])
 
 
-def test_all_three_limits_at_once():
+def test_all_three_limits_at_once(hawq):
     """No published answer: better than any of the published configs that meets all three."""
-    data = hawq.load(FOLDER, "hawqv3_resnet50")
+    data = hawq.load(hawq.SHARED / "reference", "hawqv3_resnet50")
     group, problems = hawq.hawq_problems(data)
     some = [problems[f"{metric}_0.5"] for metric in hawq.METRICS]
     together = Problem(some[0].loss, tuple(c for p in some for c in p.constraints))
@@ -65,8 +58,8 @@ def test_all_three_limits_at_once():
     assert met >= 1
 
 
-def test_haq_strategy_and_ours():
-    found = hawq.run_haq(FOLDER, 2)
+def test_haq_strategy_and_ours(hawq):
+    found = hawq.run_haq(hawq.SHARED / "reference", 2)
     assert found["published_cost"] == pytest.approx(0.591, abs=1e-3)
     assert found["proven"]
     assert max(found["loss_over_published"].values()) < 0.5
