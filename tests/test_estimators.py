@@ -35,6 +35,7 @@ def test_weights_alone_cost_no_forward_pass(name):
     assert table.provenance["forward_passes"] == 1  # of the activation ranges, which are not the estimator's
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes_in_another_process():
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment)

