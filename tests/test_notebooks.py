@@ -15,6 +15,7 @@ SAYS = {
         "accuracy",
     ),
     "03_search": ("interaction", "greedy_path", "proven gap", "Study: refine", "Study: bisection"),
+    "04_devices": ("bound by", "layers where a scheme gains no time", "FPGA (ZCU104)", "optimal for latency", "binds"),
 }
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 
