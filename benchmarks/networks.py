@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from mpq.layers import LayerSpec
 
+# Channels, kernel, and the stride of a convolution without padding.
+Step = tuple[int, int | tuple[int, int]] | tuple[int, int | tuple[int, int], int]
+
 
 class Net:
     """A network under construction: each call adds a layer that reads the current tensor."""
@@ -42,13 +45,14 @@ class Net:
         self.shape = (self.shape[0], side, side)
         return self
 
-    def branches(self, *branches: list[tuple[object, ...]], pooled: int = 0) -> Net:
+    def branches(self, *branches: list[Step], pooled: int = 0) -> Net:
         """Convolutions side by side on one tensor, joined; ``pooled`` channels come from a branch without any."""
         start, total, end = self.shape, pooled, self.shape
         for branch in branches:
             self.shape = start
-            for out, kernel, *rest in branch:
-                self.conv(out, kernel, *rest[:1], valid=bool(rest))  # type: ignore[arg-type]
+            for step in branch:
+                stride = step[2] if len(step) == 3 else 1
+                self.conv(step[0], step[1], stride, valid=len(step) == 3)
             total, end = total + self.shape[0], self.shape
         self.shape = (total, *end[1:])
         return self

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import (
     BuiltinFunctionType,
+    CellType,
     CodeType,
     FunctionType,
     GetSetDescriptorType,
@@ -123,7 +124,7 @@ class Fingerprint:
         own = copyreg.dispatch_table.get(type(value))
         try:
             reduced = value.__reduce_ex__(4) if own is None else own(value)
-        except Exception:
+        except Exception:  # objects that don't pickle raise anything
             self.opaque = self.opaque or type(value).__qualname__
             return type(value), None
         if isinstance(reduced, str):  # a global by its name
@@ -156,7 +157,7 @@ class Fingerprint:
 
     def _add_function(self, value: FunctionType) -> None:
         self._add_bytecode(value.__code__)
-        cells = [c.cell_contents for c in value.__closure__ or () if c != _EMPTY]
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
         self._add_all("read", [value.__defaults__, value.__kwdefaults__, *cells])
         for code in _nested(value.__code__):
             self._add_all("globals", _globals_read(code, value.__globals__))
@@ -165,9 +166,6 @@ class Fingerprint:
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
         counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
         self._add_all("code", [code.co_code, code.co_exceptiontable, names, counts, code.co_consts])
-
-
-_EMPTY = type((lambda x: lambda: x)(0).__closure__[0])()  # type: ignore[index]
 
 
 def tensor_bytes(t: Tensor) -> bytes:

@@ -167,7 +167,7 @@ class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
         super().__init__(**options)
         self._start = start
 
-    def callSolver(self, lp: Any) -> None:  # noqa: N802
+    def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP names it
         """Called by PuLP once the model is built."""
         if self._start is not None:
             known = [(v.index, self._start[v.name]) for v in lp.variables() if v.name in self._start]
@@ -175,7 +175,7 @@ class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
             lp.solverModel.setSolution(len(index), np.array(index, np.int32), np.array(value, np.float64))
         super().callSolver(lp)
 
-    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802 - PuLP names it
         """Called by PuLP at the end."""
         try:
             found: tuple[int, int] = super().findSolutionValues(lp)

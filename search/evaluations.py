@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -239,7 +239,7 @@ class Evaluations:
 
     def _parts(self, pick: Ints) -> Iterator[float]:
         try:
-            yield from self._measure.in_parts(pick)  # type: ignore[attr-defined]
+            yield from cast(PartialMeasure, self._measure).in_parts(pick)
         except Exception as error:
             raise Stop(_failed(error)) from error
 

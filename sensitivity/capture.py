@@ -276,15 +276,16 @@ def grouped(space: SearchSpace, values: Floats) -> Floats:
     return result
 
 
-def over_draws(sums: Floats, data: Calibration) -> tuple[Floats, Floats]:
+def over_draws(sums: Floats, data: Calibration, *, exact: bool = False) -> tuple[Floats, Floats]:
     """Mean over samples and draws of ``[draws, batches, ...]``, and the standard error that the draws leave.
 
-    The data are taken as given: draws of different batches are independent, so their variances add. NaN for one draw.
+    The data are taken as given: draws of different batches are independent, so their variances add. NaN for one draw,
+    zero where nothing is drawn (``exact``).
     """
     draws = len(sums)
     mean: Floats = sums.mean(0).sum(0) / data.num_samples
-    if draws == 1:
-        return mean, np.full_like(mean, np.nan)
+    if exact or draws == 1:
+        return mean, np.full_like(mean, 0.0 if exact else np.nan)
     spread: Floats = np.sqrt(sums.var(0, ddof=1).sum(0) / draws) / data.num_samples
     return mean, spread
 

@@ -102,8 +102,8 @@ def gradient_saliency(
         activation=activation if has_activations(space) else None,
     )
     of_weights, of_inputs = np.split(sums, 2, -1)
-    mean, stderr = over_draws(grouped(space, of_weights * factors[:, None, None] + of_inputs), data)
-    stderr = np.zeros_like(mean) if labels == "true" else stderr
+    scores = grouped(space, of_weights * factors[:, None, None] + of_inputs)
+    mean, stderr = over_draws(scores, data, exact=labels == "true")
     passes = 1 + 2 * draws
     return table_of(space, mean, stderr, "gradient_saliency", passes, loss=loss.name, draws=draws, labels=labels)
 

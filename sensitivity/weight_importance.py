@@ -67,7 +67,6 @@ def weight_importance(
     sums = gradient_sums(view, space, data, objective, draws, "weight importance", progress, weight=importance)
     with torch.no_grad():
         noise = np.array([[relative_error(view, bank, x, s) for s in schemes_of(space, x)] for x in space.layers])
-    mean, stderr = over_draws(grouped(space, sums * factors[:, None, None] * noise), data)
-    stderr = np.zeros_like(mean) if labels == "true" else stderr
+    mean, stderr = over_draws(grouped(space, sums * factors[:, None, None] * noise), data, exact=labels == "true")
     options = {"loss": loss.name, "draws": draws, "labels": labels, "unit": "score"}
     return table_of(space, mean, stderr, "weight_importance", 1 + 2 * draws, **options)

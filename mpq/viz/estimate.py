@@ -8,12 +8,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from mpq.viz.plots import _new_axes
+from mpq.viz.plots import _new_axes, label_ticks
 
 if TYPE_CHECKING:
     from mpq.estimates import Estimate
-
-_MOST_LABELS = 60
 
 
 def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
@@ -33,7 +31,6 @@ def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     ax.set_ylabel("microseconds")
     ax.set_title(f"{estimate.device.name}, batch {estimate.device.setting.batch}")
-    if len(place) <= _MOST_LABELS:
-        ax.set_xticks(place, estimate.layers, rotation=90, fontsize=7)
+    label_ticks(ax, estimate.layers)
     ax.legend(fontsize=8)
     return ax

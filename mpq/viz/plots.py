@@ -18,10 +18,21 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7", "#56B4E9"
 _OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
 
+_MOST_LABELS = 60
 _LOSSES = {"kl": "KL to float (nats)", "mse": "squared error", "callable": "the loss"}
 
 # Unit of a cost -> factor and label of the axis.
 _AXIS = {"bytes": (1e-3, "kB"), "bit operations": (1e-9, "GBitOps")}
+
+
+def label_ticks(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
+    """Names at the ticks of an axis, thinned where there are too many to read."""
+    ticks = range(0, len(names), -(-len(names) // _MOST_LABELS))
+    shown = [names[i] for i in ticks]
+    if axis == "x":
+        ax.set_xticks(ticks, shown, rotation=90, fontsize=7)
+    else:
+        ax.set_yticks(ticks, shown, fontsize=7)
 
 
 def _new_axes(ax: Axes | None, width: float = 7, height: float = 4.4) -> Axes:

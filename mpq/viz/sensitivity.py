@@ -8,9 +8,7 @@ from matplotlib.axes import Axes
 
 from mpq.sensitivity.interaction import dependency
 from mpq.sensitivity.table import SensitivityTable
-from mpq.viz.plots import _LOSSES, _new_axes
-
-_MOST_LABELS = 60
+from mpq.viz.plots import _LOSSES, _new_axes, label_ticks
 
 
 def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
@@ -42,7 +40,7 @@ def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     name = str(table.provenance.get("loss"))
     ax.set_ylabel(f"predicted {_LOSSES.get(name, name)}")
-    _label_groups(ax, table, "x")
+    label_ticks(ax, table.groups)
     ax.grid(True, axis="y", which="major", alpha=0.3)
     ax.legend(title="scheme", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
@@ -67,17 +65,7 @@ def plot_interactions(table: SensitivityTable, schemes: str | None = None, ax: A
     image = ax.imshow(off, cmap="PuOr_r", vmin=-most, vmax=most)
     figure = ax.figure
     figure.colorbar(image, ax=ax, shrink=0.8, label="correlation of errors")
-    _label_groups(ax, table, "x")
-    _label_groups(ax, table, "y")
+    label_ticks(ax, table.groups)
+    label_ticks(ax, table.groups, "y")
     ax.set_title(f"Interactions at {found.schemes[0]}", fontsize=10)
     return ax
-
-
-def _label_groups(ax: Axes, table: SensitivityTable, axis: str) -> None:
-    step = -(-len(table.groups) // _MOST_LABELS)
-    ticks = range(0, len(table.groups), step)
-    names = [table.groups[i] for i in ticks]
-    if axis == "x":
-        ax.set_xticks(ticks, names, rotation=90, fontsize=7)
-    else:
-        ax.set_yticks(ticks, names, fontsize=7)
