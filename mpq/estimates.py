@@ -92,7 +92,7 @@ class Estimate:
         return "\n".join(rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Time of each layer (log axis) in execution order, one line for each scheme."""
+        """Time of each layer in execution order, one line for each scheme."""
         from mpq.viz.estimate import plot_estimate
 
         return plot_estimate(self, ax)

@@ -18,6 +18,7 @@ from mpq.problem import Floats, Ints, Problem
 from mpq.search import FrontierPicks, convex_frontier, exact_frontier, interaction_frontier
 from mpq.search.interaction import solver_for
 from mpq.search.pareto import undominated
+from mpq.units import si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +125,8 @@ class Frontier(Sequence[BitConfig]):
     def __repr__(self) -> str:
         rows = [f"Frontier: {self._kind()}, predicted {self.analysis.provenance['loss']} rise against {self.metric}"]
         for i in np.unique(np.linspace(0, len(self) - 1, 9).astype(int)):
-            rows.append(f"  [{i:>4}] {self.metric} {self.cost[i]:>14,.6g} {self.unit}   loss {self.loss[i]:.5g}")
+            cost = si(self.cost[i], self.unit) if self.unit in ("s", "J") else f"{self.cost[i]:,.6g} {self.unit}"
+            rows.append(f"  [{i:>4}] {self.metric} {cost:>16}   loss {self.loss[i]:.5g}")
         return "\n".join(rows)
 
     def _repr_html_(self) -> str:

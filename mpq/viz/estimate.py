@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
+from mpq.units import si
 from mpq.viz.plots import _new_axes, label_ticks
 
 if TYPE_CHECKING:
     from mpq.estimates import Estimate
 
 
+_WIDE = 10  # times that differ more are on a log axis
+
+
 def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
-    """Time of each layer (log axis) in execution order, one line for each scheme.
+    """Time of each layer (on a log axis where they differ much) in execution order, one line for each scheme.
 
     Args:
         estimate: What to draw.
@@ -25,11 +30,12 @@ def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
     place = np.arange(len(estimate.layers))
     colours = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(estimate.schemes)))
     for s, (scheme, colour) in enumerate(zip(estimate.schemes, colours, strict=True)):
-        total = f"{estimate.times.total[:, s].sum() * 1e6:,.4g} us"
-        seconds = estimate.times.total[:, s] * 1e6
+        total = si(float(estimate.times.total[:, s].sum()), "s")
+        seconds = estimate.times.total[:, s]
         ax.plot(place, seconds, color=colour, marker="o", ms=4, lw=1, label=f"{scheme}, all {total}")
-    ax.set_yscale("log")
-    ax.set_ylabel("microseconds")
+    if estimate.times.total.max() > _WIDE * estimate.times.total.min():
+        ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(EngFormatter("s"))
     ax.set_title(f"{estimate.device.name}, batch {estimate.device.setting.batch}")
     label_ticks(ax, estimate.layers)
     ax.legend(fontsize=8)

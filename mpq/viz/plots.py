@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mpq.config import BitConfig
 
@@ -87,12 +88,22 @@ def plot_frontier(
         label = ", ".join(cfg.budgets) or f"{cfg.avg_bits:.2f} bits"
         ax.annotate(label, (x, y), xytext=(-7, -13), textcoords="offset points", color=GREEN, fontsize=9, ha="right")
     ax.set_yscale("log")
-    ax.set_xlabel(f"{front.metric} ({unit})")
+    _label_cost(ax, front.metric, unit)
     loss = front.analysis.provenance["loss"]
     ax.set_ylabel(f"predicted rise of {_LOSSES.get(loss, loss)}")
     ax.margins(x=0.08)
     _tidy(ax)
     return ax
+
+
+def _label_cost(ax: Axes, metric: str, unit: str) -> None:
+    """Seconds and joules are far below one: their ticks have prefixes."""
+    if unit in ("s", "J"):
+        ax.xaxis.set_major_locator(MaxNLocator(7))
+        ax.xaxis.set_major_formatter(EngFormatter(unit))
+        ax.set_xlabel(metric)
+    else:
+        ax.set_xlabel(f"{metric} ({unit})")
 
 
 def _predicted(front: Frontier, config: BitConfig) -> float:
@@ -123,7 +134,7 @@ def plot_measured(series: Mapping[str, Sequence[BitConfig]], ax: Axes | None = N
             ax.plot(*zip(*sorted(points), strict=True), marker="o", ms=5, lw=1.2, color=colour, label=label)
     if float_accuracy is not None:
         ax.axhline(100 * float_accuracy, color=GREY, lw=1, ls="--", label="float")
-    ax.set_xlabel(f"{metric} ({unit})")
+    _label_cost(ax, metric, unit)
     ax.set_ylabel("measured accuracy (%)")
     _tidy(ax)
     return ax
