@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpq.calibration import Batch, Calibration
+from mpq.calibration import Calibration
 from mpq.errors import DataError, GraphError, MpqError
 from mpq.losses import CallableLoss, KLLoss, MSELoss
 from mpq.sensitivity.fisher_trace import fisher_trace
-from mpq.sensitivity.labels import label_losses
 from mpq.sensitivity.saliency import gradient_saliency, output_channel_salience
 from mpq.sensitivity.squared_gradient import squared_gradient
 from mpq.sensitivity.weight_importance import weight_importance
@@ -452,26 +451,3 @@ def test_infinite_gradients_are_named(estimator):
     loss = CallableLoss(lambda output, batch: (output - output.detach()).abs().sum(1).sqrt())
     with pytest.raises(DataError, match="is NaN or infinite"):
         run(estimator, prepared(net, data, "W2"), loss)
-
-
-def test_label_losses_are_the_cross_entropies_of_what_counts():
-    logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[1, 2, -100, 0, 6], [-100, -100, 3, -100, -100]])
-    batch = Batch((), {}, 2, labels, None)
-    losses, weights = label_losses(logits, batch, KLLoss())
-    expected = [F.cross_entropy(logits[i], labels[i]).item() for i in range(2)]
-    torch.testing.assert_close((losses * weights).sum(1).tolist(), expected)
-    maps = logits.movedim(-1, 1)[..., None].expand(-1, -1, -1, 3)
-    spread, shares = label_losses(maps, Batch((), {}, 2, labels[..., None].expand(-1, -1, 3), None), KLLoss())
-    torch.testing.assert_close((spread * shares).sum(1).tolist(), expected)
-    known, _ = label_losses(logits.softmax(-1), batch, KLLoss(probabilities=True))
-    torch.testing.assert_close(known, losses)
-
-
-def test_language_models_are_scored_on_the_next_token():
-    logits = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[1, 2, 3, 4], [6, 5, 0, 0]])
-    labels = torch.tensor([[1, 2, 3, 4], [6, 5, -100, -100]])
-    losses, weights = label_losses(logits, Batch((), {"input_ids": ids}, 2, labels, None), KLLoss())
-    expected = [F.cross_entropy(logits[i, :-1], labels[i, 1:]).item() for i in range(2)]
-    torch.testing.assert_close((losses * weights).sum(1).tolist(), expected)
