@@ -1,4 +1,4 @@
-"""Resources and cycles of FINN's matrix-vector units, and hls4ml's multipliers.
+"""Resources and cycles of FINN's matrix-vector units.
 
 A unit multiplies a vector of ``depth`` inputs (kernel positions x input channels) by a ``[columns, depth]`` matrix,
 with ``pe`` outputs and ``simd`` products of each at a time. Formulas of FINN-R (Blott et al., 2018) as in Xilinx/finn,
@@ -102,15 +102,6 @@ def unit_cycles(pe: ArrayLike, simd: ArrayLike, depth: ArrayLike, columns: Array
     """Cycles of a unit for ``positions`` output vectors."""
     P, Q, K, N, M = _floats(pe, simd, depth, columns, positions)
     return K * N / (P * Q) * M
-
-
-def hls4ml_multipliers(inputs: int, outputs: int, reuse_factor: int) -> int:
-    """Multipliers of an hls4ml layer, each used ``reuse_factor`` times (Duarte et al., 2018).
-
-    ``inputs`` and ``outputs`` are those of a dense layer, or of one output position of a convolution (kernel positions
-    x input channels, output channels), whose unit then takes ``reuse_factor`` cycles for each position.
-    """
-    return -(-inputs * outputs // reuse_factor)
 
 
 def _floats(*values: ArrayLike) -> tuple[Floats, ...]:

@@ -67,7 +67,6 @@ def test_uram_and_cycles_by_hand():
     assert float(unit.unit_cycles(4, 9, 27, 32, 100)) == 8 * 3 * 100
     assert float(unit.unit_dsps(4, 9, 25, 24)) == 36 * 2
     assert float(unit.packed_dsps(5, 9, 4)) == 18
-    assert unit.hls4ml_multipliers(16, 64, 100) == 11
 
 
 def test_luts_of_a_wide_unit_grow_by_what_a_product_takes():
