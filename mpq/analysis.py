@@ -269,6 +269,7 @@ class Analysis:
             "stderr": _number(self.table.stderr_of(pick)),
             "with_interactions": None if self.table.interactions is None else self.table.predict(pick),
         }
+        metrics = self.metrics(pick, [b.partition("<=")[0] for b in budgets])
         order = [x.name for x in self.space.graph if x.name in layers]
         first_use = {x.storage: x.name for x in reversed(self.space.skipped)}
         skipped = tuple(
@@ -279,12 +280,12 @@ class Analysis:
         return BitConfig(
             {name: layers[name] for name in order},
             skipped + self.space.graph.outside,
-            self.metrics(pick, [b.partition("<=")[0] for b in budgets]),
+            metrics,
             predicted,
             None,
             budgets,
             solver,
-            {**self.provenance, "cost_notes": {name: list(c.notes) for name, c in self.costs.items() if c.notes}},
+            {**self.provenance, "cost_notes": {n: list(self.costs[n].notes) for n in metrics if self.costs[n].notes}},
         )
 
     def _choice(self, layer: LayerSpec, group: str, g: int, s: int) -> LayerChoice:

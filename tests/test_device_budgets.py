@@ -359,9 +359,10 @@ def test_limits_that_fit_with_other_neighbours_are_no_conflict(alternating):
 
 def test_a_metric_that_was_asked_for_changes_no_other_config():
     model, calib = tiny_network()
-    analysis = mpq.analyze(model, calib, SCHEMES, estimator="influence", progress=False)
+    first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    analysis = mpq.analyze(model, calib, SCHEMES, skip=[first], estimator="influence", progress=False)
     before = analysis.allocate("avg_bits<=6")
-    assert analysis.cost("energy").reference > 0
+    assert analysis.cost("energy").notes  # of what is skipped
     assert analysis.allocate("avg_bits<=6").to_json() == before.to_json()
     assert "energy" in analysis.allocate("energy<=90%").metrics
 
