@@ -25,5 +25,9 @@ class UnreachableError(BudgetError):
     """A budget that no config in the search space meets."""
 
 
+class ExportError(MpqError):
+    """A config that a downstream tool can't load, or an option that its exporter does not know."""
+
+
 class ConfigError(MpqError):
     """A BitConfig file that is damaged, of another version, or made for another model."""

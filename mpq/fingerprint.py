@@ -8,6 +8,7 @@ import functools
 import hashlib
 import sys
 import sysconfig
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import (
@@ -92,6 +93,8 @@ class Fingerprint:
             return self._add_object(type(value), _state(value))
         if type(value) in (tuple, list, dict):
             return self._add_all(type(value).__name__, value.items() if isinstance(value, dict) else value)
+        if isinstance(value, weakref.ReferenceType):  # recurrent layers keep some to their own weights
+            return self._add_object(type(value), value())
         return self._add_object(*self._contents(value))
 
     def _feed(self, kind: str, data: bytes) -> None:

@@ -126,6 +126,13 @@ class LayerGraph:
                 return layer
         raise KeyError(name)
 
+    def tied(self) -> list[list[str]]:
+        """Names of layers that share one weight, each set in the order of their first call."""
+        owners: dict[int, list[str]] = {}
+        for x in self.layers:
+            owners.setdefault(x.storage, []).append(x.name)
+        return [names for names in owners.values() if len(names) > 1]
+
     @property
     def parameters(self) -> int:
         """Weight elements of the layers, tied storage counted once."""

@@ -242,6 +242,11 @@ class CallableLoss:
         if not isinstance(loss, Tensor) or loss.shape not in ((), (batch.size,)):
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise MpqError(f"the loss must return a scalar or one value per sample ({batch.size}), not {got}")
+        if not loss.requires_grad and any(t.requires_grad for t in tensors_in(output)):
+            raise MpqError(
+                "no gradient leads from the loss to the model's output: it was detached, or made by argmax, NumPy or "
+                "the like; return a differentiable loss, or use estimator='perturbation'"
+            )
         return loss
 
     def value(self, output: Any, reference: Any, batch: Batch) -> Tensor:

@@ -179,7 +179,7 @@ def _outside(view: ModelView, searched: set[str], recorder: _Recorder, batch_siz
         if not left:
             continue
         counted.update(id(p) for p in left.values())
-        reason = f"{', '.join(left)} stays float" if name in searched else _reason(name, module, recorder)
+        reason = f"{', '.join(left)} stays float" if name in searched else _reason(name, module, list(left), recorder)
         found.append(
             Outside(
                 name or "(model)",
@@ -192,7 +192,7 @@ def _outside(view: ModelView, searched: set[str], recorder: _Recorder, batch_siz
     return found
 
 
-def _reason(name: str, module: nn.Module, recorder: _Recorder) -> str:
+def _reason(name: str, module: nn.Module, left: list[str], recorder: _Recorder) -> str:
     weight = own_weight(module)
     if op_of(module) and weight is not None and not weight.numel():
         return "its weight is empty"
@@ -204,7 +204,10 @@ def _reason(name: str, module: nn.Module, recorder: _Recorder) -> str:
         return "its weight is computed by a parametrization; remove it before the search"
     if isinstance(module, nn.MultiheadAttention):
         return "attention with bias_k, add_zero_attn or its own forward can't be expanded"
-    return f"{type(module).__name__} is not quantizable"
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return f"{kind.__name__} is not quantizable"
+    return f"{', '.join(left[:3])}{' and more' if len(left) > 3 else ''} of {kind.__name__} is not quantizable"
 
 
 def trace(view: ModelView, batch: Batch) -> LayerGraph:

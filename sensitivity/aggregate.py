@@ -9,7 +9,7 @@ import numpy as np
 from mpq.bank import QuantizerBank
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.space import SearchSpace, layer_scheme
 from mpq.view import ModelView
 

@@ -208,7 +208,9 @@ class _Truth:
         self.runs += 1
         choices = [(g, self._space.schemes[s]) for g, s in zip(self._space.groups, pick, strict=True)]
         layers = [(x, layer_scheme(x, s)) for g, s in choices for x in g.layers]
-        about = {"config": [[x.name, str(s), self._bank.range(x, s.activation)] for x, s in layers]}
+        about: dict[str, Any] = {"config": [[x.name, str(s), self._bank.range(x, s.activation)] for x, s in layers]}
+        if rounded_for := next(filter(None, (self._bank.about(s) for _, s in layers)), ""):
+            about["rounded_for"] = rounded_for
         known = None if self._store is None else self._store.get(**about)
         if known is not None:
             return float(known["rise"].item())

@@ -6,7 +6,7 @@ import numpy as np
 
 from mpq.layers import LayerSpec
 from mpq.problem import Floats, Ints
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 

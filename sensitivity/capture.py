@@ -18,7 +18,7 @@ from mpq.errors import DataError, GraphError
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.sensitivity.aggregate import distinct_layers
 from mpq.sensitivity.rows import check_reached
 from mpq.sensitivity.table import SensitivityTable

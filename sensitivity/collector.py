@@ -15,7 +15,7 @@ from mpq.bank import Inputs, QuantizerBank
 from mpq.calibration import Batch
 from mpq.errors import DataError, GraphError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.projection import effects
 from mpq.sensitivity.rows import MIXED, Layout, Layouts
 from mpq.space import layer_scheme

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 
 from mpq.errors import MpqError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
 
@@ -272,7 +272,8 @@ def _wider(schemes: tuple[Scheme, ...], a: int, b: int) -> bool:
 def _more_bits(a: NumberFormat | None, b: NumberFormat | None) -> bool:
     if a is None or b is None or a.bits <= b.bits:
         return False
-    return (a.family, a.granularity, a.symmetric) == (b.family, b.granularity, b.symmetric)
+    same = ("family", "granularity", "symmetric", "scale", "variant", "recipe")
+    return all(getattr(a, name) == getattr(b, name) for name in same)
 
 
 def _below_zero(table: SensitivityTable, space: SearchSpace, groups: NDArray[np.intp]) -> Iterator[Finding]:
@@ -297,7 +298,7 @@ def _rounds(layer: LayerSpec, scheme: Scheme) -> bool:
     """Whether a scheme may change what the layer computes."""
     meant = layer_scheme(layer, scheme)
     formats = [f for f in (meant.weight, meant.activation) if f is not None]
-    return any(f.family != "float" or f.bits < layer.element_bits for f in formats)
+    return any(not f.plain_float or f.bits < layer.element_bits for f in formats)
 
 
 def _never_ran(space: SearchSpace) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from mpq.errors import DataError, MpqError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.aggregate import by_group, distinct_layers, squared_error
 from mpq.sensitivity.capture import grouped, input_power, table_of
 from mpq.sensitivity.options import check_values

@@ -26,7 +26,7 @@ from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.collector import Collector
 from mpq.sensitivity.rows import Layouts, check_reached, layouts_of
 from mpq.sensitivity.spread import batch_numbers, standard_error
@@ -138,7 +138,7 @@ def _run(job: _Job) -> _Rows:
     # More data may tell that samples are not where they seemed to be.
     content["layouts"] = sorted(job.layouts.items())
     shelf = job.store.within(estimator="influence", layers=names, **content)
-    keys = [{"scheme": str(s), "ranges": _ranges(job, s)} for s in job.schemes]
+    keys = [{"scheme": str(s), "ranges": _ranges(job, s), **_rounded_for(job.bank, s)} for s in job.schemes]
     known = [shelf.get(**k) for k in keys]
     missing = tuple(s for s, k in zip(job.schemes, known, strict=True) if k is None)
     passes = 0.0
@@ -157,6 +157,11 @@ def _run(job: _Job) -> _Rows:
     effects = np.stack([k["effects"] for k in entries], -1)
     reached, mixed = ({n for n, on in zip(names, entries[0][k], strict=True) if on} for k in ("reached", "mixed"))
     return _Rows(effects, reached, mixed, passes)
+
+
+def _rounded_for(bank: QuantizerBank, scheme: Scheme) -> dict[str, str]:
+    """The data that a scheme's weights are rounded for, if they are rounded for any."""
+    return {"rounded_for": bank.about(scheme)} if bank.about(scheme) else {}
 
 
 def _measure(job: _Job, batch: Batch, schemes: tuple[Scheme, ...]) -> _Rows:

@@ -17,7 +17,7 @@ from mpq.layers import LayerGroup
 from mpq.losses import OutputLoss
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.options import check_values
 from mpq.sensitivity.perturbation import check_finite, float_recording, mean_rise, names_of, quantized, rise_meter

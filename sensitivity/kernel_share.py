@@ -12,8 +12,7 @@ from mpq.errors import FormatError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.problem import Floats
-from mpq.quantizers import NumberFormat, fake_quantize
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import NumberFormat, Scheme, fake_quantize
 from mpq.sensitivity.aggregate import by_group
 from mpq.sensitivity.capture import by_activation, grouped, has_activations, input_sums, table_of
 from mpq.sensitivity.table import SensitivityTable

@@ -15,7 +15,7 @@ from mpq.calibration import Calibration
 from mpq.layers import LayerGroup, LayerSpec
 from mpq.losses import OutputLoss
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.perturbation import rise_meter
 from mpq.sensitivity.spread import standard_error

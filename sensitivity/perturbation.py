@@ -18,7 +18,7 @@ from mpq.layers import LayerGroup
 from mpq.losses import KLLoss, MSELoss, OutputLoss, check_finite_output, logits_of, resolve_loss
 from mpq.problem import Floats
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.sensitivity.capture import cut_below_zero, table_of
 from mpq.sensitivity.prefix import Recording
 from mpq.sensitivity.spread import batch_numbers, standard_error
@@ -143,7 +143,9 @@ def quantized(view: ModelView, bank: QuantizerBank, choices: Iterable[tuple[Laye
     layers = [(x, layer_scheme(x, scheme)) for group, scheme in choices for x in group.layers]
     weights = {x.name: bank.weight(x, own.weight) for x, own in layers}
     inputs = {
-        x.name: InputQuantizer(own.activation, bank.range(x, own.activation)) for x, own in layers if own.activation
+        x.name: InputQuantizer(own.activation, bank.range(x, own.activation), bank.basis(x, own.activation))
+        for x, own in layers
+        if own.activation
     }
     hooks = [view.layers[name].register_forward_pre_hook(q, with_kwargs=True) for name, q in inputs.items()]
     with view.hooked(hooks), view.swapped(weights):

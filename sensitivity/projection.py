@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpq.bank import Inputs, QuantizerBank
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.rows import MIXED, Layout
 from mpq.trees import tensors_in
 

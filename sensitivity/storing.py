@@ -47,6 +47,8 @@ def open_store(
         DataError: If the data has something without content.
         MpqError: If the model, ``forward`` or the loss has.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise MpqError(f"store={str(folder)!r} is a file; name a folder")
     if data.opaque:
         raise DataError(
             f"a store can't tell this data from other data: it holds a {data.opaque}, whose content can't be read; "

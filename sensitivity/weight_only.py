@@ -9,7 +9,7 @@ from mpq.bank import QuantizerBank
 from mpq.calibration import Calibration
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.sensitivity.aggregate import by_group, squared_error
 from mpq.sensitivity.capture import table_of
 from mpq.sensitivity.table import SensitivityTable

@@ -1,31 +1,69 @@
-"""Number formats and schemes: what one tensor, and one layer, is stored and computed in.
+"""Number formats: how one tensor is stored, under a compact name that parses back.
 
-Names are compact and parse back::
+Examples of names::
 
-    int4          4-bit signed integers, symmetric, one scale per output channel
-    int4:tensor   one scale for the whole tensor
-    int4:g128     one scale per 128 consecutive weights of an output channel
+    int4               4-bit signed integers, symmetric, one scale per output channel
+    int4:tensor        one scale for the whole tensor
+    int4:g128          one scale per 128 consecutive weights of an output channel
+    int8:b128x128      one scale per block of 128 output channels x 128 weights
     int8:tensor:asym   unsigned codes with a zero point
-    fp32 fp16 bf16     floating point, no scales
+    int4:g16:p2        scales are powers of two (block floating point; ``bfp4`` for short)
+    int4:bipolar       odd multiples of half a step: no zero, no wasted code
+    int4:nested        read off 8-bit codes that serve every width
+    int4:g128:progressive   4 bits on top of 8 (QServe)
+    int8:cross         a factor for each row and for each column (CrossQuant)
+    int8:token         activations: one scale per row, found at run time
+    fp8_e4m3 fp6_e3m2 fp4_e2m1 fp5_e2m2     minifloats with a scale; ``:raw`` casts without one
+    mxfp4 mxfp6_e3m2 mxfp8_e4m3 mxint8 nvfp4     OCP microscaling and NVIDIA's blocks of 16
+    nf4 fp4_bnb        tables of levels (QLoRA, bitsandbytes)
+    pow2_4 post_4      zero and signed powers of two, of the square root of two
+    log2_4             zero and powers of one half, unsigned: outputs of a softmax
+    ternary binary     {-1, 0, 1} and {-1, 1} times a scale
+    nupes_4 kmeans_4   a power function with a searched exponent, a codebook for each output channel
+    pvq_2:g16          points of a pyramid of 16 dimensions, 2 bits for each of them
+    fp32 fp16 bf16     floating point as frameworks have it, without scales
 
-A scheme joins a weight format and an activation format: ``W4A8``, ``W4`` (weights only, activations stay
-float), ``W4:g128A16``, ``W8:asymA8``. A bare number below 16 is an integer format; 16 and 32 are ``fp16``
-and ``fp32``, as the field writes them.
+Options after a colon may also name recipes, what is done to a weight before or while it is rounded
+(`mpq.quantizers.recipes` has all): ``int4:gptq``, ``int3:g64:hadamard:gptq``, ``nf4:lorc8``, ``int4:awq:adaround``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from mpq.errors import FormatError
+from mpq.quantizers.legality import ROUNDINGS, SCALE_BITS, VARIANTS, check_format
+from mpq.quantizers.recipe_storage import layout_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
+_MX = {
+    "mxfp8_e4m3": (8, 4, 3),
+    "mxfp8_e5m2": (8, 5, 2),
+    "mxfp6_e3m2": (6, 3, 2),
+    "mxfp6_e2m3": (6, 2, 3),
+    "mxfp4": (4, 2, 1),
+    "mxint8": (8, 0, 0),
+}
+# Families with a number of bits after their name, and how many there may be.
+_WITH_BITS = {
+    "int": (1, 16),
+    "pow2_": (2, 8),
+    "post_": (2, 8),
+    "log2_": (1, 8),
+    "nupes_": (2, 8),
+    "kmeans_": (1, 8),
+    "pvq_": (1, 8),
+}
+_TABLES = {"nf4": 4, "fp4_bnb": 4, "ternary": 2, "binary": 1}
+_RECIPE = re.compile(rf"{'|'.join(ROUNDINGS)}|hadamard|smooth|awq|rsq|(lorc|qera|split|ocs|sparse)[1-9]\d*")
+_WITH_DATA = {"adaround", "flexround", "adaquant", "gptq", "smooth", "awq", "rsq", "qera"}
 _NAME = re.compile(r"(?P<base>[a-z]+[a-z0-9_]*?)(?P<options>(?::[a-z0-9]+)*)")
-_SCHEME = re.compile(r"W(?P<weight>[^A-Z]+)(?:A(?P<activation>[^A-Z]+))?")
+TRITS_PER_BYTE = 5
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,17 +71,25 @@ class NumberFormat:
     """How one tensor is stored.
 
     Attributes:
-        family: ``int`` or ``float``.
-        bits: Bits of one element, without scales.
-        granularity: What shares a scale: ``tensor``, ``channel`` (one per output channel) or ``group:G``
-            (G consecutive elements of an output channel; a last, shorter group has its own scale).
+        family: ``int``, ``float``, ``mx``, ``nvfp``, ``table``, ``pow2``, ``post``, ``log2``, ``nupes``, ``kmeans``,
+            ``ternary``, ``binary`` or ``pvq``.
+        bits: Bits of one element's code, without scales.
+        granularity: What shares a scale: ``none`` (there is no scale), ``tensor``, ``channel`` (one per output
+            channel), ``group:G`` (G consecutive elements of an output channel; a last, shorter group has its own
+            scale), ``block:RxC`` (R output channels x C elements), ``token`` (one per row of an activation, found at
+            run time) or ``cross`` (one per row and one per column: CrossQuant).
         symmetric: Signed codes without zero point (True) or unsigned codes with one (False).
         exponent: Exponent bits of a float format.
         mantissa: Mantissa bits of a float format.
+        scale: What scales are stored in: ``fp32``, ``fp16``, ``e8m0`` (powers of two), ``e4m3`` or ``none``; empty for
+            the usual one: float16 for groups and blocks (the convention of weight-only kernels), else float32.
+        variant: What sets a format apart from others of its family: the name of a table; of integers ``bipolar``,
+            ``nested`` (from 8-bit codes that serve every width) or ``progressive`` (4 bits on top of 8, with a zero
+            point).
+        recipe: What is done to a weight before or while it is rounded.
 
     Symmetric integers use the codes ``-2**(bits-1) .. 2**(bits-1)-1``; one bit means the two levels
-    ``-scale, +scale``. Scales are stored as float16 for groups (the convention of weight-only kernels) and
-    as float32 otherwise; a zero point takes as many bits as an element.
+    ``-scale, +scale``. A zero point takes as many bits as an element.
 
     Example:
         >>> f = NumberFormat.parse("int4:g128")
@@ -51,6 +97,8 @@ class NumberFormat:
         ('int4:g128', 4.125)
         >>> NumberFormat.parse("int8:tensor:asym").storage_bits((10,))  # 10 codes, 1 scale, 1 zero point
         120
+        >>> NumberFormat.parse("mxfp4").bits_per_element((64, 256))  # an exponent of 8 bits for 32 elements
+        4.25
     """
 
     family: str
@@ -59,19 +107,26 @@ class NumberFormat:
     symmetric: bool = True
     exponent: int = 0
     mantissa: int = 0
+    scale: str = ""
+    variant: str = ""
+    recipe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.family == "int" and not 1 <= self.bits <= 16:
-            raise FormatError(f"integer formats have 1 to 16 bits, not {self.bits}")
-        if self.family == "float":
-            object.__setattr__(self, "granularity", "tensor")  # floats have no scales to place
-            object.__setattr__(self, "symmetric", True)
-            if (self.bits, self.exponent, self.mantissa) not in _FLOATS.values():
-                raise FormatError(f"no {self.bits}-bit float with these parts; known: {', '.join(_FLOATS)}")
-        if self.family not in ("int", "float"):
-            raise FormatError(f"unknown number family {self.family!r}; known: int, float")
-        if self.granularity not in ("tensor", "channel") and self.group_size is None:
-            raise FormatError(f"granularity is tensor, channel or group:G with G >= 1, not {self.granularity!r}")
+        if self.family == "float" and (self.bits, self.exponent, self.mantissa) in _FLOATS.values():
+            object.__setattr__(self, "granularity", "none")  # nothing is gained by scaling these
+        if self.variant == "progressive":
+            object.__setattr__(self, "symmetric", False)
+        if self.family not in _BASE_NAMES:
+            raise FormatError(f"unknown number family {self.family!r}; known: {', '.join(_BASE_NAMES)}")
+        if self.granularity not in ("none", "tensor", "channel", "token", "cross") and self.block is None:
+            raise FormatError(
+                f"granularity is tensor, channel, group:G, block:RxC, token or cross, not {self.granularity!r}"
+            )
+        if self.granularity == "none":
+            object.__setattr__(self, "scale", "none")
+        elif not self.scale:
+            object.__setattr__(self, "scale", _usual_scale(self))
+        check_format(self)
 
     @cached_property
     def group_size(self) -> int | None:
@@ -79,13 +134,58 @@ class NumberFormat:
         match = re.fullmatch(r"group:([1-9]\d*)", self.granularity)
         return int(match[1]) if match else None
 
+    @cached_property
+    def block(self) -> tuple[int, int] | None:
+        """Output channels and elements per scale for ``group:G`` and ``block:RxC``, else None."""
+        match = re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", self.granularity)
+        if match:
+            return int(match[1]), int(match[2])
+        return None if self.group_size is None else (1, self.group_size)
+
     @property
+    def needs_data(self) -> bool:
+        """Whether the recipe looks at the layer's inputs."""
+        return any(split_step(step)[0] in _WITH_DATA for step in self.recipe)
+
+    @property
+    def data_free(self) -> NumberFormat:
+        """The format without the steps that look at the layer's inputs; ``qera`` has ``lorc`` for one that does not."""
+        steps = (s.replace("qera", "lorc") for s in self.recipe)
+        return replace(self, recipe=tuple(s for s in steps if split_step(s)[0] not in _WITH_DATA))
+
+    @property
+    def calibrated(self) -> bool:
+        """As an activation's format: its one scale comes from calibration, while others are found at run time."""
+        return self.granularity == "tensor"
+
+    @property
+    def plain_float(self) -> bool:
+        """A floating-point format of frameworks: fp32, fp16 or bf16."""
+        return (
+            self.family == "float" and self.bits > 8 and (self.bits, self.exponent, self.mantissa) in _FLOATS.values()
+        )
+
+    @cached_property
     def name(self) -> str:
         """Compact name; ``NumberFormat.parse(f.name) == f``."""
-        if self.family == "float":
-            return next(n for n, spec in _FLOATS.items() if spec == (self.bits, self.exponent, self.mantissa))
-        options = {"channel": "", "tensor": ":tensor"}.get(self.granularity, f":g{self.group_size}")
-        return f"int{self.bits}{options}{'' if self.symmetric else ':asym'}"
+        base = self.base
+        usual = _parse_base(base, base)
+        options = []
+        if self.granularity != usual.granularity:
+            short = self.granularity.replace("group:", "g").replace("block:", "b")
+            options.append("raw" if short == "none" else short)
+        if self.scale != _usual_scale(self):
+            options.append({"e8m0": "p2", "fp32": "s32", "fp16": "s16"}.get(self.scale, self.scale))
+        if self.symmetric != usual.symmetric and self.variant != "progressive":
+            options.append("sym" if self.symmetric else "asym")
+        if self.family == "int" and self.variant:
+            options.append(self.variant)
+        return ":".join([base, *options, *self.recipe])
+
+    @property
+    def base(self) -> str:
+        """The name without options."""
+        return _BASE_NAMES[self.family](self)
 
     def __str__(self) -> str:
         return self.name
@@ -93,34 +193,58 @@ class NumberFormat:
     def __repr__(self) -> str:
         return f"NumberFormat({self.name!r})"
 
+    def regrouped(self, granularity: str) -> NumberFormat:
+        """With another granularity; scales that were the usual ones become the usual ones of that.
+
+        Raises:
+            FormatError: If there is no such granularity.
+        """
+        return replace(self, granularity=granularity, scale="" if self.scale == _usual_scale(self) else self.scale)
+
     @property
     def levels(self) -> tuple[int, int]:
         """Smallest and largest integer code."""
-        if self.symmetric:
+        if self.family == "int" and self.symmetric and self.variant != "bipolar" and self.bits > 1:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
     @property
     def scale_bits(self) -> int:
-        """Bits of one stored scale."""
-        if self.family == "float":
-            return 0
-        return 32 if self.group_size is None else 16
+        """Bits of one stored scale; of ``kmeans`` of one codebook in float16, of ``progressive`` of an 8-bit scale."""
+        if self.family == "kmeans":
+            return 16 * int(2**self.bits)
+        return 8 if self.variant == "progressive" else SCALE_BITS[self.scale]
 
     def num_scales(self, shape: Sequence[int], channel_axis: int = 0) -> int:
         """How many scales a tensor of this shape needs."""
         numel = math.prod(shape)
-        if self.family == "float" or numel == 0:
+        if self.granularity == "none" or numel == 0:
             return 0
         if self.granularity == "tensor":
             return 1
         channels = shape[channel_axis] if shape else 1
-        return channels * math.ceil(numel / channels / (self.group_size or numel))
+        if self.granularity == "token":
+            return numel // shape[-1] if shape else 1
+        if self.granularity == "cross":
+            return channels + numel // channels
+        rows, columns = self.block or (1, numel)
+        return math.ceil(channels / rows) * math.ceil(numel / channels / columns)
 
     def storage_bits(self, shape: Sequence[int], channel_axis: int = 0) -> int:
-        """Exact bits of a tensor of this shape: elements, scales and zero points."""
+        """Exact bits of a tensor of this shape: elements, scales, zero points and whatever else a format keeps."""
+        numel = math.prod(shape)
+        channels = shape[channel_axis] if shape else 1
         overhead = self.scale_bits + (0 if self.symmetric else self.bits)
-        return self.bits * math.prod(shape) + overhead * self.num_scales(shape, channel_axis)
+        bits = (
+            self.element_bits(numel)
+            + overhead * self.num_scales(shape, channel_axis)
+            + _extra_bits(self, numel, channels)
+        )
+        return bits + (_recipe_bits(self, shape, channel_axis) if self.recipe and numel else 0)
+
+    def element_bits(self, numel: int) -> int:
+        """Bits of the codes of so many elements alone."""
+        return 8 * math.ceil(numel / TRITS_PER_BYTE) if self.family == "ternary" else self.bits * numel
 
     def bits_per_element(self, shape: Sequence[int], channel_axis: int = 0) -> float:
         """Storage bits divided by the number of elements."""
@@ -135,112 +259,112 @@ class NumberFormat:
         """
         match = _NAME.fullmatch(name.strip())
         base, options = (match["base"], match["options"].split(":")[1:]) if match else (name, [])
-        if base in _FLOATS and not options:
-            bits, exponent, mantissa = _FLOATS[base]
-            return cls("float", bits, "tensor", True, exponent, mantissa)
-        digits = re.fullmatch(r"int(\d+)", base)
-        if not digits:
-            raise FormatError(
-                f"unknown number format {name!r}; known: int1 to int16 with :tensor, :g<size>, :sym or :asym, "
-                f"and {', '.join(_FLOATS)}"
-            )
-        return _with_options(cls("int", int(digits[1])), options, name)
+        return _with_options(_parse_base(base, name), options, name)
+
+
+def _extra_bits(fmt: NumberFormat, numel: int, channels: int) -> int:
+    """Bits besides elements, scales and zero points."""
+    if numel == 0:
+        return 0
+    extra = 32 if fmt.scale == "e4m3" or fmt.family == "nupes" else 0  # a scale or an exponent for the whole tensor
+    if fmt.variant == "progressive":
+        extra += 16 * channels
+    return extra
+
+
+def _recipe_bits(fmt: NumberFormat, shape: Sequence[int], channel_axis: int) -> int:
+    """What the steps of a recipe store beside the codes; scales of inputs count as if nothing could take them in."""
+    channels, inputs, positions = matrix_of(shape, channel_axis)
+    kept, wider = recipe_layout(fmt.recipe, channels, inputs, positions)
+    plain = replace(fmt, recipe=())
+    rounded = plain.storage_bits((channels, wider * positions))
+    bits = 8 * layout_bytes(kept) + rounded - plain.storage_bits((channels, inputs * positions))
+    name, clusters = split_step(fmt.recipe[-1])
+    if name == "split":  # codes are stored once, all else for each cluster
+        bits += (clusters - 1) * (rounded - plain.element_bits(channels * wider * positions))
+    return bits
+
+
+# Family -> the name without options.
+_BASE_NAMES: dict[str, Callable[[NumberFormat], str]] = {
+    "int": lambda f: f"int{f.bits}",
+    "float": lambda f: next(
+        (n for n, spec in _FLOATS.items() if spec == (f.bits, f.exponent, f.mantissa)),
+        f"fp{f.bits}_e{f.exponent}m{f.mantissa}",
+    ),
+    "mx": lambda f: next(n for n, spec in _MX.items() if spec == (f.bits, f.exponent, f.mantissa)),
+    "nvfp": lambda f: "nvfp4",
+    "table": lambda f: f.variant,
+    "ternary": lambda f: "ternary",
+    "binary": lambda f: "binary",
+    **dict.fromkeys(("pow2", "post", "log2", "nupes", "kmeans", "pvq"), lambda f: f"{f.family}_{f.bits}"),
+}
+
+
+def _parse_base(base: str, name: str) -> NumberFormat:
+    if base in _FLOATS:
+        bits, exponent, mantissa = _FLOATS[base]
+        return NumberFormat("float", bits, "none", True, exponent, mantissa)
+    if base in _MX:
+        bits, exponent, mantissa = _MX[base]
+        return NumberFormat("mx", bits, "group:32", True, exponent, mantissa, "e8m0")
+    if base == "nvfp4":
+        return NumberFormat("nvfp", 4, "group:16", True, 2, 1, "e4m3")
+    if base in _TABLES:
+        table = base in ("nf4", "fp4_bnb")
+        return NumberFormat("table" if table else base, _TABLES[base], variant=base if table else "")
+    if found := re.fullmatch(r"fp(\d)_e(\d)m(\d)", base):
+        return NumberFormat("float", int(found[1]), exponent=int(found[2]), mantissa=int(found[3]))
+    if found := re.fullmatch(r"bfp(\d)", base):
+        return NumberFormat("int", int(found[1]), "group:16", scale="e8m0")
+    found = re.fullmatch(r"(int|[a-z]+2?_|post_)(\d+)", base)
+    if found and found[1] in _WITH_BITS:
+        family, (least, most) = found[1].rstrip("_"), _WITH_BITS[found[1]]
+        if not least <= int(found[2]) <= most:
+            kind = "integer" if family == "int" else family
+            raise FormatError(f"{kind} formats have {least} to {most} bits, not {found[2]} ({name!r})")
+        bits = int(found[2])
+        dimensions = 16 if bits < 4 else 8 if bits < 8 else 4
+        return NumberFormat(family, bits, f"group:{dimensions}" if family == "pvq" else "channel")
+    raise FormatError(
+        f"unknown number format {name!r}; known: int1 to int16 with :tensor, :g<size>, :sym or :asym, fp<n>_e<x>m<y>, "
+        f"bfp<n>, nvfp4, {', '.join(n + '<n>' for n in _WITH_BITS if n != 'int')}, "
+        f"{', '.join((*_MX, *_TABLES, *_FLOATS))}"
+    )
 
 
 def _with_options(fmt: NumberFormat, options: Iterable[str], name: str) -> NumberFormat:
+    """A base format with all its options at once: their order does not matter, but for recipes."""
+    changes: dict[str, Any] = {}
+    recipe: tuple[str, ...] = ()
     for option in options:
-        if option in ("tensor", "channel"):
-            fmt = replace(fmt, granularity=option)
+        if option in ("tensor", "channel", "token", "cross"):
+            changes["granularity"] = option
         elif re.fullmatch(r"g[1-9]\d*", option):
-            fmt = replace(fmt, granularity=f"group:{option[1:]}")
+            changes["granularity"] = f"group:{option[1:]}"
+        elif re.fullmatch(r"b[1-9]\d*x[1-9]\d*", option):
+            changes["granularity"] = f"block:{option[1:]}"
+        elif option == "raw":
+            changes["granularity"] = "none"
+        elif option in ("p2", "s16", "s32"):
+            changes["scale"] = {"p2": "e8m0", "s16": "fp16", "s32": "fp32"}[option]
         elif option in ("sym", "asym"):
-            fmt = replace(fmt, symmetric=option == "sym")
+            changes["symmetric"] = option == "sym"
+        elif fmt.family == "int" and option in VARIANTS["int"]:
+            changes["variant"] = option
+        elif _RECIPE.fullmatch(option):
+            recipe = (*recipe, option)
         else:
-            raise FormatError(f"unknown option {option!r} in {name!r}; use tensor, channel, g<size>, sym or asym")
-    return fmt
+            raise FormatError(
+                f"unknown option {option!r} in {name!r}; use tensor, channel, g<size>, b<rows>x<size>, token, cross, "
+                "raw, p2, sym, asym, bipolar, nested, progressive or a recipe such as gptq"
+            )
+    # Scales that were the usual ones become the usual ones of another granularity.
+    usual = "" if fmt.scale == _usual_scale(fmt) else fmt.scale
+    return replace(fmt, **{"scale": usual, "recipe": recipe} | changes)
 
 
-_DEFAULT_OPTIONS = {"W": ("channel", "sym"), "A": ("tensor", "asym")}
-
-
-def _role_format(text: str, role: str) -> NumberFormat:
-    """Parse the part after W or A, where a bare number is short for the role's usual format."""
-    base, *options = text.split(":")
-    if base in ("16", "32"):
-        base = f"fp{base}"
-    if base.isdigit() or base.startswith("int"):
-        bits = base.removeprefix("int")
-        return NumberFormat.parse(":".join([f"int{bits}", *_DEFAULT_OPTIONS[role], *options]))
-    return NumberFormat.parse(text if options else base)
-
-
-def _role_name(fmt: NumberFormat, role: str) -> str:
-    """Inverse of `_role_format`, as short as possible."""
-    if fmt.family == "float":
-        return fmt.name.removeprefix("fp")
-    default_granularity, default_sym = _DEFAULT_OPTIONS[role]
-    options = []
-    if fmt.granularity != default_granularity:
-        options.append(fmt.granularity.replace("group:", "g"))
-    if fmt.symmetric != (default_sym == "sym"):
-        options.append("sym" if fmt.symmetric else "asym")
-    bits = f"int{fmt.bits}" if fmt.bits == 16 else str(fmt.bits)
-    return ":".join([bits, *options])
-
-
-@dataclass(frozen=True, repr=False)
-class Scheme:
-    """One choice for one layer: its weight format and its activation format.
-
-    Attributes:
-        weight: Format of the weight.
-        activation: Format of the layer's input, or None where it stays as the model computes it.
-
-    Example:
-        >>> s = Scheme.parse("W4A8")
-        >>> s.weight.name, s.activation.name, str(s)
-        ('int4', 'int8:tensor:asym', 'W4A8')
-        >>> str(Scheme.parse("W4:g128A16")), str(Scheme.parse("W3"))
-        ('W4:g128A16', 'W3')
-    """
-
-    weight: NumberFormat
-    activation: NumberFormat | None = None
-
-    def __post_init__(self) -> None:
-        act = self.activation
-        if act is not None and act.family == "int" and act.granularity != "tensor":
-            raise FormatError(f"activations are quantized per tensor; {act.name!r} is not supported")
-
-    def __str__(self) -> str:
-        act = "" if self.activation is None else f"A{_role_name(self.activation, 'A')}"
-        return f"W{_role_name(self.weight, 'W')}{act}"
-
-    def __repr__(self) -> str:
-        return f"Scheme({str(self)!r})"
-
-    @classmethod
-    def parse(cls, text: str) -> Scheme:
-        """Read a scheme name such as ``W4A8``.
-
-        Raises:
-            FormatError: If the text is not a scheme.
-        """
-        match = _SCHEME.fullmatch(text.strip())
-        if not match:
-            raise FormatError(f"{text!r} is not a scheme; write it like W4A8, W4, W4:g128A16 or W8:asymA8")
-        weight = _role_format(match["weight"], "W")
-        return cls(weight, _role_format(match["activation"], "A") if match["activation"] else None)
-
-
-def parse_schemes(schemes: str | Iterable[str | Scheme]) -> tuple[Scheme, ...]:
-    """Read ``"W2A8,W4A8"`` or any iterable of names and schemes; duplicates are dropped, order is kept.
-
-    Raises:
-        FormatError: If there is no scheme, or one does not parse.
-    """
-    parts = schemes.split(",") if isinstance(schemes, str) else list(schemes)
-    found = dict.fromkeys(p if isinstance(p, Scheme) else Scheme.parse(p) for p in parts if p != "")
-    if not found:
-        raise FormatError("no schemes given; name at least one, such as 'W4A8,W8A8'")
-    return tuple(found)
+def _usual_scale(fmt: NumberFormat) -> str:
+    if fmt.granularity == "none":
+        return "none"
+    return {"mx": "e8m0", "nvfp": "e4m3", "kmeans": "none"}.get(fmt.family, "fp32" if fmt.block is None else "fp16")

@@ -1,0 +1,187 @@
+"""Statistics of layers' inputs, gathered in one forward pass, for recipes that round with an eye to the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from mpq.attention import PackedProjection
+from mpq.calibration import Calibration
+from mpq.errors import DataError
+from mpq.progress import progress_bar
+from mpq.quantizers.statistics import LayerStats
+from mpq.trees import tensors_in
+from mpq.view import ModelView, own_weight
+
+_CHUNK = 2**23  # elements of unfolded inputs at a time
+_PLACES = 2**14  # of a convolution's windows in a batch, evenly spread: neighbours have little news
+_TOKEN_WEIGHTS = 1.0, 3.0  # of the smallest and the largest norm, as RSQ's code has them
+
+
+class _Sums:
+    """Running sums over the rows that meet one weight."""
+
+    def __init__(self) -> None:
+        self.hessian = self.magnitude = self.largest = torch.zeros(())
+        self.weight, self.rows = 0.0, 0
+
+    def add(self, rows: Tensor, by_token: bool) -> None:
+        """Take in rows ``[groups, rows, in]``."""
+        magnitude = rows.abs()
+        if rows.shape[1] == 0:
+            return
+        self.magnitude = self.magnitude + magnitude.sum(1)
+        self.largest = torch.maximum(self.largest, magnitude.amax(1))
+        self.rows += rows.shape[1]
+        if by_token:
+            weights = token_weights(rows)
+            self.weight += float(weights.sum())
+            rows = rows * weights.sqrt()[:, None]
+        else:
+            self.weight += rows.shape[1]
+        self.hessian = self.hessian + rows.transpose(1, 2) @ rows
+
+    def result(self) -> LayerStats | None:
+        """Means; None if there were no rows."""
+        if not self.rows:
+            return None
+        return LayerStats(self.hessian / self.weight, self.magnitude / self.rows, self.largest, self.rows)
+
+
+def token_weights(rows: Tensor) -> Tensor:
+    """How much each token counts: by its norm, from 1 for the least in the batch to 3 (Sung et al., RSQ, 2025).
+
+    Args:
+        rows: ``[groups, rows, in]``.
+
+    Returns:
+        ``[rows]``.
+    """
+    norms = rows.square().sum((0, 2)).sqrt()
+    low, high = norms.aminmax()
+    least, most = _TOKEN_WEIGHTS
+    return least + (most - least) * (norms - low) / torch.where(high > low, high - low, 1)
+
+
+def gather(
+    view: ModelView, data: Calibration, names: Iterable[str], by_token: bool = False, progress: bool = True
+) -> dict[str, LayerStats]:
+    """Statistics of the inputs of layers, over all of their calls: one forward pass of the float model.
+
+    Layers that share a weight share the statistics of all inputs that meet it. Each needs memory for one square matrix
+    of its inputs.
+
+    Args:
+        view: The model.
+        data: Calibration data.
+        names: Layers; embeddings are left out.
+        by_token: Weigh rows by their norms (`token_weights`).
+        progress: Show a bar.
+
+    Returns:
+        Statistics of the layers that ran.
+
+    Raises:
+        DataError: If an input holds NaN or infinity.
+    """
+    wanted = {id(own_weight(view.layers[n])) for n in names}
+    sums = {
+        name: (id(own_weight(m)), m)
+        for name, m in view.layers.items()
+        if id(own_weight(m)) in wanted and not isinstance(m, nn.Embedding)
+    }
+    found: dict[int, _Sums] = {weight: _Sums() for weight, _ in sums.values()}
+
+    mask: Tensor | None = None
+
+    def hook(name: str) -> Any:
+        def update(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for rows in input_rows(module, tensors_in((args, kwargs)), mask):
+                if not torch.isfinite(rows).all():
+                    raise DataError(f"the input of layer {name!r} holds NaN or infinity")
+                found[sums[name][0]].add(rows, by_token)
+
+        return update
+
+    hooks = [m.register_forward_pre_hook(hook(name), with_kwargs=True) for name, (_, m) in sums.items()]
+    with view.hooked(hooks), torch.no_grad():
+        for batch in progress_bar(data.batches, "input statistics", progress):
+            mask = batch.kwargs.get("attention_mask")
+            view(batch)
+    results = {weight: s.result() for weight, s in found.items()}
+    return {name: s for name, (weight, _) in sums.items() if (s := results[weight]) is not None}
+
+
+def input_rows(module: nn.Module, inputs: list[Tensor], mask: Tensor | None = None) -> Iterable[Tensor]:
+    """What meets the weight ``[out, in]`` of a layer (`channels_first`, flattened), as ``[groups, rows, in]``.
+
+    Args:
+        module: A convolution, transposed or not, a linear layer or an attention's packed projection.
+        inputs: The tensors it is called with.
+        mask: Which tokens ``[batch, tokens]`` are none but padding (0) and stay out, where inputs have these axes.
+    """
+    inputs = [x for x in inputs if x.is_floating_point()]
+    alike = len({id(x) for x in inputs}) == 1
+    inputs = [x.detach() if x.dtype == torch.float64 else x.detach().float() for x in inputs]
+    if isinstance(module, PackedProjection) and not alike:  # thirds of the outputs have inputs of their own
+        flat = [_tokens(x, mask) for x in inputs]
+        rows = max(len(x) for x in flat)
+        yield torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in flat])
+    elif isinstance(module, _ConvNd):
+        x = inputs[0] if inputs[0].dim() == len(module.kernel_size) + 2 else inputs[0][None]
+        yield from _patches(module, x)
+    else:
+        yield _tokens(inputs[0], mask)[None]
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """All rows ``[rows, in]`` but those of padding."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() > 2 and x.shape[:2] == mask.shape:
+        x = x[mask.to(x.device) != 0]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _patches(module: _ConvNd, x: Tensor) -> Iterator[Tensor]:
+    """Windows under a convolution's kernel ``[groups, rows, in / groups * positions]``, some samples at a time."""
+    x, stride = _padded(module, x)
+    kernel, dilation = module.kernel_size, module.dilation
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)]
+    step = -(-len(x) * math.prod(sizes) // _PLACES) | 1  # odd, so that no parity is left out
+
+    def window(samples: Tensor, offset: tuple[int, ...]) -> Tensor:
+        each = zip(offset, dilation, sizes, stride, strict=True)
+        places: tuple[Any, ...] = (..., *(slice(o * d, o * d + (n - 1) * s + 1, s) for o, d, n, s in each))
+        return samples[places][:, :, ::step]
+
+    offsets = list(product(*(range(k) for k in kernel)))
+    if isinstance(module, _ConvTransposeNd):
+        offsets.reverse()
+    taken = x[0].numel() * len(offsets) // min(step, sizes[0]) if len(x) else 1
+    for samples in torch.split(x, max(1, _CHUNK // max(taken, 1))):
+        windows = torch.stack([window(samples, o) for o in offsets], 2).flatten(
+            3
+        )  # [batch, channels, positions, places]
+        parts = torch.unflatten(windows, 1, (module.groups, -1)).permute(1, 0, 4, 2, 3)
+        yield parts.reshape(module.groups, -1, parts.shape[3] * parts.shape[4])
+
+
+def _padded(module: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Inputs with their padding, and the stride of the windows over them."""
+    if not isinstance(module, _ConvTransposeNd):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(x, module._reversed_padding_repeated_twice, mode), module.stride
+    # The same as a convolution of the input, spread out by zeros, with the mirrored kernel.
+    spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)))
+    every: tuple[Any, ...] = (..., *(slice(None, None, s) for s in module.stride))
+    spread[every] = x
+    assert not isinstance(module.padding, str)
+    around = zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True)
+    pads = [(d * (k - 1) - p, d * (k - 1) - p + o) for k, d, p, o in around]
+    return F.pad(spread, [n for pair in reversed(pads) for n in pair]), (1,) * len(pads)

@@ -1,0 +1,303 @@
+"""Grids: the values that a scalar format can express in units of its scale, and rounding to the nearest of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpq.errors import FormatError
+from mpq.quantizers.blocks import CACHED, scratch
+from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.lookup import nearest, nearest_by_tables
+
+# QLoRA (Dettmers et al., 2023): quantiles of the normal distribution, as bitsandbytes has them.
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# bitsandbytes' fp4: codes 0 to 7 in units of 1/12; the sign is the fourth bit.
+_FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
+
+# Integers as wide as a float, its exponent field in them, bits of its mantissa.
+_FIELDS = {torch.float32: (torch.int32, 0x7F800000, 23), torch.float64: (torch.int64, 0x7FF0000000000000, 52)}
+
+# Fewer elements are as quick without tables.
+_WORTH_TABLES = 4096
+
+
+class Grid(Protocol):
+    """What every scalar format is, in units of its scale."""
+
+    @property
+    def low(self) -> float:
+        """Smallest value."""
+
+    @property
+    def high(self) -> float:
+        """Largest value."""
+
+    def round_(self, x: Tensor, zero: Tensor | None = None, *, clip: bool = True) -> Tensor:
+        """Round to the nearest value, in place; beyond the ends to the ends, which needs no care without ``clip``."""
+
+    def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Codes of values that `round_` returned; tables take those that it takes as well."""
+
+    def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
+        """Values of codes."""
+
+
+@dataclass(frozen=True)
+class IntGrid:
+    """Whole numbers; with a zero point that of the unsigned codes is taken off."""
+
+    first: int
+    last: int
+
+    @property
+    def low(self) -> float:
+        """See `Grid`."""
+        return float(self.first)
+
+    @property
+    def high(self) -> float:
+        """See `Grid`."""
+        return float(self.last)
+
+    def round_(self, x: Tensor, zero: Tensor | None = None, *, clip: bool = True) -> Tensor:
+        """See `Grid`; ties to even."""
+        if zero is None:
+            return x.round_().clamp_(self.first, self.last) if clip else x.round_()
+        return x.round_().add_(zero).clamp_(self.first, self.last).sub_(zero)
+
+    def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`."""
+        codes = values if zero is None else values + zero
+        return codes.to(_code_dtype(self.first, self.last))
+
+    def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`."""
+        values = codes.to(dtype)
+        return values if zero is None else values.sub_(zero)
+
+
+def _quick(x: Tensor) -> bool:
+    """Whether tables are the quicker way: not for few elements, and not where gradients flow."""
+    return x.device.type == "cpu" and x.numel() >= _WORTH_TABLES and x.is_contiguous() and not x.requires_grad
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """Any sorted levels, whose codes are given.
+
+    Attributes:
+        values: Levels in rising order.
+        codes: The code of each.
+    """
+
+    values: tuple[float, ...]
+    codes: tuple[int, ...]
+
+    @property
+    def low(self) -> float:
+        """See `Grid`."""
+        return self.values[0]
+
+    @property
+    def high(self) -> float:
+        """See `Grid`."""
+        return self.values[-1]
+
+    def round_(self, x: Tensor, zero: Tensor | None = None, *, clip: bool = True) -> Tensor:
+        """See `Grid`; ties to the lower level."""
+        if _quick(x):
+            return nearest_by_tables(x, self.values, self.values, out=x)
+        return x.copy_(nearest(x, self.values, self.values))
+
+    def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`."""
+        if _quick(values):
+            return nearest_by_tables(values, self.values, self.codes, out=torch.empty_like(values)).to(torch.uint8)
+        return nearest(values, self.values, self.codes).to(torch.uint8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`."""
+        by_code = torch.tensor(self._by_code, dtype=dtype, device=codes.device)
+        return by_code.index_select(0, codes.flatten().int()).view(codes.shape)
+
+    @cached_property
+    def _by_code(self) -> list[float]:
+        found = [0.0] * (max(self.codes) + 1)
+        for code, value in zip(self.codes, self.values, strict=True):
+            found[code] = value
+        return found
+
+
+@dataclass(frozen=True)
+class FixedGrid(TableGrid):
+    """Whole multiples of one over a power of two.
+
+    Attributes:
+        steps: Levels between one and two.
+    """
+
+    steps: int = 1
+
+    def round_(self, x: Tensor, zero: Tensor | None = None, *, clip: bool = True) -> Tensor:
+        """See `Grid`; ties to even."""
+        return x.mul_(self.steps).round_().mul_(1 / self.steps).clamp_(self.low, self.high)
+
+    def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`; two's complement, rounded as `round_` does."""
+        return self.round_(values.clone()).mul_(self.steps).to(torch.int8).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class FloatGrid(TableGrid):
+    """A minifloat: a table whose rounding is arithmetic, to nearest with ties to even; without mantissa bits upwards.
+
+    Attributes:
+        exponent: Exponent bits.
+        mantissa: Mantissa bits.
+    """
+
+    exponent: int = 0
+    mantissa: int = 0
+
+    def round_(self, x: Tensor, zero: Tensor | None = None, *, clip: bool = True) -> Tensor:
+        """See `Grid`; ties to even."""
+        if clip:
+            x.clamp_(self.low, self.high)
+        whole, mask, stored = _FIELDS[x.dtype]
+        # What gradients flow through is not written to in parts.
+        pieces = torch.split(x.view(-1), CACHED) if x.is_contiguous() and not x.requires_grad else (x,)
+        for piece in pieces:
+            # Adding and taking off 1.5 * 2**(stored - mantissa) times a number's power of two leaves its mantissa bits.
+            power = scratch("powers", piece.numel(), x).view(piece.shape)
+            torch.bitwise_and(piece.view(whole), mask, out=power.view(whole))
+            power.clamp_(min=2.0 ** (1 - _bias(self.exponent)))
+            times = 1.5 * 2.0 ** (stored - self.mantissa)
+            piece.add_(power, alpha=times).sub_(power, alpha=times)
+        return x
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """As `round_`, into a new tensor and without buffers, for compilers."""
+        whole, mask, stored = _FIELDS[x.dtype]
+        x = x.clamp(self.low, self.high)
+        power = (x.view(whole) & mask).view(x.dtype).clamp(min=2.0 ** (1 - _bias(self.exponent)))
+        power = power * (1.5 * 2.0 ** (stored - self.mantissa))
+        return (x + power) - power
+
+    def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`."""
+        whole, stored, bias = (torch.int64, 52, 1023) if values.dtype == torch.float64 else (torch.int32, 23, 127)
+        # Once the numbers are scaled so that the wider float's exponent field is ours, its leading bits are our code.
+        bits = (values * 2.0 ** (_bias(self.exponent) - bias)).view(whole)
+        low = (bits >> (stored - self.mantissa)).bitwise_and_((1 << (self.exponent + self.mantissa)) - 1)
+        sign = bits.bitwise_right_shift_(8 * whole.itemsize - 1).bitwise_and_(1 << (self.exponent + self.mantissa))
+        return low.bitwise_or_(sign).to(torch.uint8)
+
+
+def _bias(exponent: int) -> int:
+    return (1 << (exponent - 1)) - 1
+
+
+def _float_grid(exponent: int, mantissa: int) -> FloatGrid:
+    """All codes are numbers, but for the two 8-bit formats of OCP, whose last ones are NaN and infinity."""
+    signs = 1 << (exponent + mantissa)
+    reserved = {(4, 3): 1, (5, 2): 4}.get((exponent, mantissa), 0)
+    found = {}
+    for code in range(signs - reserved):
+        field, fraction = code >> mantissa, code % (1 << mantissa)
+        value = math.ldexp(fraction + (1 << mantissa) * (field > 0), max(field, 1) - _bias(exponent) - mantissa)
+        found[code] = value
+        if value:
+            found[code | signs] = -value
+    return FloatGrid(*_sorted(found), exponent, mantissa)
+
+
+def _sorted(by_code: dict[int, float]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    codes = tuple(sorted(by_code, key=lambda c: by_code[c]))
+    return tuple(by_code[c] for c in codes), codes
+
+
+def _powers(base: float, bits: int) -> TableGrid:
+    """Zero, and ``+-base**-k``; the sign takes one bit, and one magnitude is zero.
+
+    Powers of two: Zhou et al., "Incremental Network Quantization" (2017); of its square root, POST: Zhou et al.,
+    "Precision Neural Network Quantization via Learnable Adaptive Modules" (2025).
+    """
+    half = 2 ** (bits - 1)
+    magnitudes = [0.0, *(base**-k for k in reversed(range(half - 1)))]
+    found = dict(enumerate(magnitudes)) | {half + i: -m for i, m in enumerate(magnitudes) if m}
+    return TableGrid(*_sorted(found))
+
+
+def _halvings(bits: int) -> TableGrid:
+    """Codes k stand for ``2**-k``, the last one for zero: outputs of a softmax, between 0 and 1.
+
+    Li et al., "RepQuant" (2024), where zero is a level more than the bits allow, and the nearest exponent is taken;
+    here it is the nearest value.
+    """
+    last = 2**bits - 1
+    return TableGrid((0.0, *(2.0**-k for k in reversed(range(last)))), tuple(reversed(range(last + 1))))
+
+
+@cache
+def grid_of(fmt: NumberFormat) -> Grid:
+    """The grid of a scalar format.
+
+    Raises:
+        FormatError: If the format rounds vectors, or has levels that depend on the tensor.
+    """
+    if fmt.family == "int":
+        if fmt.variant == "bipolar" or (fmt.bits == 1 and fmt.symmetric):
+            return _evenly(range(1 - 2**fmt.bits, 2**fmt.bits, 2), 0.5 if fmt.bits > 1 else 1.0)
+        return IntGrid(*fmt.levels)
+    if fmt.family in ("float", "mx", "nvfp") and fmt.exponent:
+        return _float_grid(fmt.exponent, fmt.mantissa)
+    if fmt.family == "mx":  # mxint8 has 6 bits after the point; OCP lets -2 be left out
+        return FixedGrid(tuple(k / 64 for k in range(-127, 128)), tuple(k % 256 for k in range(-127, 128)), 64)
+    if fmt.family == "table":
+        if fmt.variant == "nf4":
+            return TableGrid(_NF4, tuple(range(16)))
+        codes = {c: v / 12 for c, v in enumerate(_FP4_BNB)} | {8 + c: -v / 12 for c, v in enumerate(_FP4_BNB) if v}
+        return TableGrid(*_sorted(codes))
+    if fmt.family in ("pow2", "post"):
+        return _powers(2.0 if fmt.family == "pow2" else math.sqrt(2.0), fmt.bits)
+    if fmt.family == "log2":
+        return _halvings(fmt.bits)
+    if fmt.family in ("ternary", "binary"):
+        step = 1 if fmt.family == "ternary" else 2
+        return _evenly(range(-1, 2, step), 1.0)
+    raise FormatError(f"{fmt.base} has no levels of its own: they depend on the tensor")
+
+
+def _evenly(steps: range, unit: float) -> TableGrid:
+    return TableGrid(tuple(unit * k for k in steps), tuple(range(len(steps))))
+
+
+def _code_dtype(first: int, last: int) -> torch.dtype:
+    fits = (
+        t for t in (torch.int8, torch.uint8, torch.int16) if torch.iinfo(t).min <= first <= last <= torch.iinfo(t).max
+    )
+    return next(fits, torch.int32)

@@ -1,0 +1,95 @@
+"""Which parts of a number format go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpq.errors import FormatError
+from mpq.quantizers.recipe_storage import split_step
+
+if TYPE_CHECKING:
+    from mpq.quantizers.formats import NumberFormat
+
+SCALE_BITS = {"none": 0, "fp32": 32, "fp16": 16, "e8m0": 8, "e4m3": 8}
+VARIANTS = {"int": ("", "bipolar", "nested", "progressive"), "table": ("nf4", "fp4_bnb")}
+ROUNDINGS = ("stochastic", "adaround", "flexround", "adaquant", "gptq")
+PVQ_BITS = 62  # the enumeration of a group's points is worked in int64
+
+
+def check_format(fmt: NumberFormat) -> None:
+    """Refuse what no kernel rounds to.
+
+    Raises:
+        FormatError: Saying what does not go together.
+    """
+    if fmt.family == "int" and not 1 <= fmt.bits <= 16:
+        raise FormatError(f"integer formats have 1 to 16 bits, not {fmt.bits}")
+    if fmt.family == "float" and fmt.bits != 1 + fmt.exponent + fmt.mantissa:
+        raise FormatError(f"a float of {fmt.exponent} exponent and {fmt.mantissa} mantissa bits has no {fmt.bits} bits")
+    if fmt.family == "float" and not fmt.plain_float and not (3 <= fmt.bits <= 8 and fmt.exponent >= 1):
+        raise FormatError("minifloats have 3 to 8 bits with at least one exponent bit, unlike fp16 and bf16")
+    if fmt.granularity == "none" and fmt.family != "float":
+        raise FormatError(f"only floats can do without a scale, not {fmt.base}")
+    if not fmt.symmetric and fmt.family != "int":
+        raise FormatError(f"only integers have a zero point, not {fmt.base}")
+    if fmt.variant not in VARIANTS.get(fmt.family, ("",)):
+        raise FormatError(f"{fmt.family} formats have no variant {fmt.variant!r}")
+    if fmt.variant in ("bipolar", "nested") and (not fmt.symmetric or fmt.bits > 8):
+        raise FormatError(f"{fmt.variant} integers are symmetric, of at most 8 bits")
+    if fmt.variant == "progressive" and (fmt.bits != 4 or fmt.group_size is None):
+        raise FormatError("progressive is for 4 bits by group, such as int4:g128:progressive")
+    _check_granularity(fmt)
+    _check_scale(fmt)
+    if fmt.recipe:
+        _check_recipe(fmt)
+
+
+def _check_scale(fmt: NumberFormat) -> None:
+    if fmt.scale not in SCALE_BITS:
+        raise FormatError(f"scales are stored in {', '.join(SCALE_BITS)}, not {fmt.scale!r}")
+    only = {"mx": "e8m0", "nvfp": "e4m3", "kmeans": "none"}.get(fmt.family)
+    only = "fp16" if fmt.variant == "progressive" else "fp32" if fmt.granularity == "cross" else only
+    if only is not None and fmt.scale != only:
+        raise FormatError(f"scales of {fmt.base} by {fmt.granularity} are stored in {only}, not in {fmt.scale}")
+    if fmt.scale == "e4m3" and fmt.family != "nvfp":
+        raise FormatError(f"only nvfp4 has scales in e4m3, not {fmt.base}")
+    if fmt.scale == "none" and fmt.granularity != "none" and fmt.family != "kmeans":
+        raise FormatError(f"{fmt.base} needs scales")
+    if fmt.scale == "e8m0" and fmt.family == "pvq":
+        raise FormatError("the scales of pvq are lengths of vectors: powers of two are too coarse for them")
+
+
+def _check_granularity(fmt: NumberFormat) -> None:
+    if fmt.family in ("mx", "nvfp") and fmt.block is None:
+        raise FormatError(f"{fmt.base} shares scales by group or block, not by {fmt.granularity}")
+    if fmt.family == "pvq" and (fmt.group_size is None or fmt.bits * fmt.group_size > PVQ_BITS):
+        raise FormatError(f"pvq has groups whose code takes at most {PVQ_BITS} bits, such as pvq_2:g16; not {fmt.base}")
+    if fitted(fmt) and fmt.granularity in ("token", "cross"):
+        raise FormatError(f"{fmt.variant or fmt.base} is for weights: there is none by {fmt.granularity}")
+    if fmt.granularity == "cross" and not (fmt.symmetric and fmt.family in ("int", "float")):
+        raise FormatError(f"cross is for symmetric integers and minifloats, not for {fmt.base}")
+
+
+def _check_recipe(fmt: NumberFormat) -> None:
+    """Refuse recipes whose steps do not go together."""
+    steps = [split_step(step) for step in fmt.recipe]
+    names = [name for name, _ in steps]
+    ways = [name for name in names if name in ROUNDINGS]
+    if fmt.plain_float:
+        raise FormatError(f"{fmt.base} is a cast: there is nothing for {', '.join(fmt.recipe)} to do")
+    if len(set(names)) < len(names) or len(ways) > 1 or (ways and names[-1] != ways[0]):
+        raise FormatError(
+            f"a recipe names each step once and ends with at most one way to round ({', '.join(ROUNDINGS)}), "
+            f"unlike {':'.join(fmt.recipe)}"
+        )
+    if "split" in names[:-1] or ("split", 1) in steps:
+        raise FormatError("clusters of weights (split2, split3, ...) come last and are rounded to nearest")
+    if "split" in names and (fitted(fmt) or fmt.granularity == "cross"):
+        raise FormatError(f"clusters of weights (split) are for formats of a grid times a scale, not for {fmt.base}")
+    if "rsq" in fmt.recipe and fmt.recipe[-1] not in ROUNDINGS[1:]:
+        raise FormatError("rsq says which tokens count for what comes after it, such as rsq:gptq")
+
+
+def fitted(fmt: NumberFormat) -> bool:
+    """Whether more than a scale is fitted to a tensor, for which there is no time while a network runs."""
+    return fmt.family in ("kmeans", "nupes", "pvq") or fmt.variant in ("nested", "progressive")

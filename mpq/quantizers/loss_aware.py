@@ -1,0 +1,55 @@
+"""Ranges chosen by what a rounded tensor does to a loss, which only the caller can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mpq.errors import FormatError
+from mpq.quantizers.blocks import from_blocks, weighted_blocks
+from mpq.quantizers.clips import least_share
+from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.ranges import minmax_range
+from mpq.quantizers.scales import outer_scale, scale_and_zero
+from mpq.quantizers.tensors import quantize_dequantize_
+
+
+def loss_aware_range(
+    x: Tensor, fmt: NumberFormat, loss: Callable[[Tensor], float], candidates: int = 80, channel_axis: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The clip of a tensor with the least loss of whatever it goes into; one share of min-max for all blocks.
+
+    PD-Quant (Liu et al., CVPR 2023) chooses the range of a layer's activations so, the loss being the difference
+    between a network's predictions with them rounded and not.
+
+    Args:
+        x: Floating-point tensor of any shape.
+        fmt: A format that is a scale times a grid.
+        loss: What is to be least, of the rounded tensor (shape and dtype of ``x``). It is called once for each
+            candidate: with predictions over the calibration data, that is as many forward passes.
+        candidates: How many evenly spaced clips; the last is the whole range.
+        channel_axis: The output-channel axis of ``x``.
+
+    Returns:
+        Lower and upper ends, both ``[blocks, 1]``; of a per-tensor format those for `fake_quantize_static`.
+
+    Raises:
+        FormatError: If there are no candidates, or the loss is never a finite number.
+    """
+    if candidates < 1:
+        raise FormatError(f"there must be candidates to choose from, not {candidates}")
+    blocks, _ = weighted_blocks(x, fmt, channel_axis, None)
+    lo, hi = minmax_range(blocks)
+    outer = outer_scale(blocks, fmt)
+    best, least = None, float("inf")
+    for share in torch.linspace(1.0, least_share(fmt), candidates).tolist():
+        scale, zero = scale_and_zero(lo * share, hi * share, fmt, outer)
+        rounded = quantize_dequantize_(blocks.clone(), scale, zero, fmt)
+        value = float(loss(from_blocks(rounded, tuple(x.shape), channel_axis, *(fmt.block or (1, 0))).to(x.dtype)))
+        if value < least:
+            best, least = share, value
+    if best is None:
+        raise FormatError("the loss was no finite number for any candidate")
+    return lo * best, hi * best

@@ -1,0 +1,81 @@
+"""Scales: from the range of a block to the scale and zero point that are stored for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpq.quantizers.blocks import work_dtype
+from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.grids import FloatGrid, Grid, grid_of
+
+_E4M3_MAX = 448.0
+
+
+def outer_scale(x: Tensor, fmt: NumberFormat) -> Tensor | None:
+    """The factor ``[1, 1]`` of a tensor's 8-bit float scales (NVFP4): the largest of them becomes 448; else None."""
+    if fmt.scale != "e4m3":
+        return None
+    largest = (torch.maximum(x.amax(), -x.amin()) if x.numel() else x.new_zeros(())).to(work_dtype(x))
+    outer = (largest / (grid_of(fmt).high * _E4M3_MAX)).to(torch.float32).to(largest.dtype)
+    return torch.where(outer > 0, outer, 1.0).reshape(1, 1)
+
+
+def scale_and_zero(
+    lo: Tensor, hi: Tensor, fmt: NumberFormat, outer: Tensor | None = None, grid: Grid | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that make a format cover ``[lo, hi]``.
+
+    Args:
+        lo: Lower ends, at most 0, any shape.
+        hi: Upper ends, at least 0, same shape.
+        fmt: A format with scales.
+        outer: What `outer_scale` gave.
+        grid: The format's, for compilers, which can't look it up.
+
+    Returns:
+        Scale (positive) and zero point (whole numbers in floating point), same shape as ``lo``. Scales are
+        rounded to what they are stored in.
+    """
+    zero = torch.zeros_like(lo)
+    if fmt.family == "mx":
+        return _microscale(torch.maximum(hi, -lo), fmt), zero
+    if not fmt.symmetric:
+        first, last = fmt.levels
+        scale = stored_scale((hi - lo) / (last - first), fmt, outer)
+        return scale, (-lo / scale).round_().clamp_(first, last)
+    grid = grid or grid_of(fmt)
+    # A grid without negative values (log2) covers what is positive.
+    scale = hi / grid.high if grid.low >= 0 else torch.maximum(hi / grid.high, lo / grid.low)
+    return stored_scale(scale, fmt, outer), zero
+
+
+def stored_scale(scale: Tensor, fmt: NumberFormat, outer: Tensor | None = None) -> Tensor:
+    """A scale as it is stored, in the dtype it has; never zero. Powers of two are rounded up, so that nothing clips."""
+    if fmt.scale == "e8m0":
+        fraction, power = torch.frexp(scale.clamp(2.0**-126, 2.0**127))
+        return torch.ldexp(torch.ones_like(scale), power - (fraction == 0.5).int())  # a power of two stays
+    if fmt.scale == "fp16":
+        limits = torch.finfo(torch.float16)
+        # Under the normal numbers the spacing is coarse: upwards, so that nothing is clipped.
+        unit = limits.smallest_normal * limits.eps
+        scale = torch.where(scale < limits.smallest_normal, (scale / unit).ceil().clamp_(min=1) * unit, scale)
+        return scale.clamp(max=limits.max).to(torch.float16).to(scale.dtype)
+    if fmt.scale == "e4m3" and outer is not None:
+        least = 2.0**-9  # the smallest positive number
+        return _E4M3.round_((scale / outer).clamp_(least, _E4M3_MAX)) * outer
+    limits = torch.finfo(torch.float32)
+    return scale.clamp(limits.tiny, limits.max).to(torch.float32).to(scale.dtype)
+
+
+def _microscale(largest: Tensor, fmt: NumberFormat) -> Tensor:
+    """Shared scale of an OCP MX block: the power of two of its largest element over that of the largest code."""
+    highest = grid_of(fmt).high
+    power = torch.frexp(torch.full_like(largest, highest))[1] - 1
+    found = torch.frexp(largest)[1] - 1 - power
+    found = torch.where(largest > 0, found, -127).clamp(-127, 127)
+    return torch.ldexp(torch.ones_like(largest), found)
+
+
+_E4M3 = grid_of(NumberFormat.parse("fp8_e4m3"))
+assert isinstance(_E4M3, FloatGrid)
