@@ -11,7 +11,7 @@ from mpq.cost_models.devices import Device
 from mpq.cost_models.latency import LayerTimes
 from mpq.cost_models.workload import Workload
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 
 def fusion_factor(

@@ -18,7 +18,7 @@ from mpq.cost_models.roofline import Shapes, Tensors, vector_times
 from mpq.cost_models.workload import Workload
 from mpq.errors import FormatError
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 
 def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> LayerTimes:

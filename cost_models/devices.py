@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 
 from mpq.errors import FormatError
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 
 PHASES = ("prefill", "decode")
 
@@ -176,12 +176,17 @@ def _widened(fmt: NumberFormat, name: str) -> NumberFormat:
     wide = NumberFormat.parse(name)
     if wide.bits <= fmt.bits:
         return fmt
-    return wide if wide.family == "float" else replace(fmt, bits=wide.bits)
+    return wide if wide.plain_float or fmt.family != wide.family else replace(fmt, bits=wide.bits)
 
 
 def base_name(fmt: NumberFormat | None) -> str:
-    """Name of a format without its options; ``float`` for what is not quantized."""
-    return "float" if fmt is None else fmt.name.split(":")[0]
+    """Name of a format without its options; ``float`` for what is not quantized.
+
+    Bipolar integers keep theirs: kernels that take signed codes can't read them.
+    """
+    if fmt is None:
+        return "float"
+    return f"{fmt.base}:bipolar" if fmt.variant == "bipolar" else fmt.base
 
 
 @cache
@@ -200,8 +205,8 @@ def load_device(path: str | Path) -> Device:
     """
     try:
         text = Path(path).read_text("utf8")
-    except OSError as error:
-        raise FormatError(f"can't read the device profile {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"can't read the device profile {path}: {error}") from None
     return parse_device(text, str(path))
 
 
@@ -215,18 +220,24 @@ def find_device(device: str | Device) -> Device:
     """
     if isinstance(device, Device):
         return device
+    if not isinstance(device, str):
+        raise FormatError(f"a device is a name, the path of a profile or a Device, not {device!r}")
     path, suffix, settings = device.rpartition(".json")
     if suffix and settings[:1] in ("", ":"):
         found, options = load_device(path + suffix), settings.split(":")[1:]
     else:
         name, *options = device.split(":")
         found = _shipped(name)
-    return found.at(**dict(_setting(device, option) for option in options))
+    chosen = [_setting(device, option) for option in options]
+    twice = [key for i, (key, _) in enumerate(chosen) if key in dict(chosen[:i])]
+    if twice:
+        raise FormatError(f"{device!r} says {twice[0]} twice")
+    return found.at(**dict(chosen))
 
 
 def _shipped(name: str) -> Device:
     if name not in all_devices():
-        near = get_close_matches(name, all_devices(), 1)
+        near = get_close_matches(name.lower(), all_devices(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(all_devices())}, or a path to a .json file"
         raise FormatError(f"unknown device {name!r}; {hint}")
     return all_devices()[name]
@@ -236,7 +247,12 @@ def _setting(device: str, option: str) -> tuple[str, Any]:
     key, _, value = option.partition("=")
     if option in PHASES:
         return "phase", option
-    if key in ("batch", "tokens", "context") and value.isdecimal() and (int(value) or key == "context"):
+    if (
+        key in ("batch", "tokens", "context")
+        and value.isascii()
+        and value.isdecimal()
+        and (int(value) or key == "context")
+    ):
         return key, int(value)
     raise FormatError(
         f"{device!r}: {option!r} is no setting; there are batch=N, tokens=N, context=N, prefill and decode"
@@ -281,6 +297,8 @@ def parse_device(text: str, origin: str) -> Device:
         Kernel(k["weight"], k["activation"], k.get("peak"), _pair(k.get("runs_as")), k.get("widen"))
         for k in data["kernels"]
     )
+    if not kernels and data["kind"] not in ("generic", "table"):
+        raise FormatError(f"{origin}: kernels: a device of kind {data['kind']} needs at least one")
     memory = tuple(Memory(m["name"], m.get("size_bytes", math.inf), m["bandwidth"]) for m in data.get("memory", ()))
     for inner, outer in pairwise(memory):
         if inner.size_bytes >= outer.size_bytes:

@@ -14,7 +14,7 @@ from mpq.cost_models.operations import accumulate, float_multiply, multiply
 from mpq.cost_models.table import Cost, group_sums
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.problem import Floats
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.space import SearchSpace
 
 # QKeras' constant (Coelho et al., 2021): 1.3 nJ for 64 bits, the lower end of Horowitz's range (2014).
@@ -124,11 +124,11 @@ def _loaded(
 
     @cache
     def stored(fmt: NumberFormat) -> Floats:
-        return np.array([fmt.storage_bits(x.rows_shape) for x in work.layers], np.float64) * share
+        return work.storage_bits(fmt) * share
 
     bits, floats = np.zeros((2, len(work), len(schemes)))
     for s, scheme in enumerate(schemes):
         for kind in np.unique(work.kinds):
             fmt, of_kind = device.loaded(scheme, str(kind)), work.kinds == kind
-            bits[of_kind, s], floats[of_kind, s] = stored(fmt)[of_kind], fmt.family == "float"
+            bits[of_kind, s], floats[of_kind, s] = stored(fmt)[of_kind], fmt.exponent > 0
     return bits, floats > 0

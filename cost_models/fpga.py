@@ -16,7 +16,7 @@ from mpq.cost_models.workload import Workload
 from mpq.errors import BudgetError
 from mpq.layers import stored_parameters
 from mpq.problem import Floats, Ints
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.space import SearchSpace
 from mpq.units import si
 

@@ -14,7 +14,7 @@ from mpq.cost_models.latency import LayerTimes, layer_times
 from mpq.cost_models.workload import make_workload
 from mpq.errors import FormatError
 from mpq.layers import LayerGraph, LayerSpec
-from mpq.quantizers.formats import NumberFormat, Scheme, parse_schemes
+from mpq.quantizers import NumberFormat, Scheme, parse_schemes
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ def quantization_friendliness(
         >>> found.reasons()[0].why.split(":")[0]
         'bound by overhead'
     """
+    if not 0 <= margin < 1:
+        raise FormatError(f"margin is a share of the time, from 0 to below 1, not {margin}")
     target = find_device(device)
     wanted = _all_schemes(target) if schemes is None else parse_schemes(schemes)
     usable = tuple(s for s in wanted if target.supports(s))
@@ -199,7 +201,7 @@ def _activation_bits(scheme: Scheme, device: Device) -> int:
     if scheme.activation is not None:
         return scheme.activation.bits
     kept = NumberFormat.parse(device.float_format).bits
-    return max(kept, scheme.weight.bits) if scheme.weight.family == "float" else kept
+    return max(kept, scheme.weight.bits) if scheme.weight.plain_float else kept
 
 
 def _is_wider(wide: Scheme, narrow: Scheme, device: Device) -> bool:

@@ -13,7 +13,7 @@ from mpq.cost_models.latency import LayerTimes
 from mpq.cost_models.workload import Workload
 from mpq.errors import BudgetError
 from mpq.problem import Floats
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 
 
 def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> LayerTimes:
@@ -40,11 +40,7 @@ def layer_times(work: Workload, schemes: Sequence[Scheme], device: Device) -> La
     Raises:
         BudgetError: If the profile has no peak for the arithmetic of a scheme.
     """
-    shapes = [x.rows_shape for x in work.layers]
-    stored = {}
-    for fmt in {s.weight for s in schemes}:
-        size = {shape: fmt.storage_bits(shape) / 8 for shape in set(shapes)}
-        stored[fmt] = np.array([size[shape] for shape in shapes])
+    stored = {fmt: work.storage_bits(fmt) / 8 for fmt in {s.weight for s in schemes}}
     columns = [_column(work, stored[s.weight], s, device) for s in schemes]
     parts = np.array(columns).reshape(len(schemes), 5, len(work)).transpose(1, 2, 0)
     return LayerTimes(*parts)
@@ -109,7 +105,8 @@ def _column(work: Workload, stored: Floats, scheme: Scheme, device: Device) -> F
     scaled = np.where(~embeds & _is_integer(kernel), results / figures["requantize"], 0.0)
     busy = TileTimes(tile.compute + scaled, tile.widening, tile.cache)  # other blocks multiply while one requantizes
     total = combined(busy, memory, figures["overlap"]) + figures["launch"]
-    parts = (tile.compute, np.maximum(tile.cache, memory), tile.widening, figures["launch"] + scaled, total)
+    launch = np.full(len(work), figures["launch"])
+    parts = (tile.compute + scaled, np.maximum(tile.cache, memory), tile.widening, launch, total)
     return np.stack(parts) * work.calls
 
 

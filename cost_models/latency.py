@@ -13,7 +13,7 @@ from mpq.cost_models.table import Cost, group_sums
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.errors import BudgetError
 from mpq.problem import Floats, PairCosts
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.space import SearchSpace
 from mpq.units import si
 
@@ -34,10 +34,10 @@ class LayerTimes:
     """Where the time of layers goes, each part ``[L, S]`` seconds for all calls over the whole batch.
 
     Attributes:
-        compute: Multiply-accumulates at the rate that the device reaches for the shape.
+        compute: Multiply-accumulates at the rate that the device reaches for the shape; on GPUs with requantization.
         memory: Weights, inputs and outputs through the memory that holds them.
         widening: Turning stored weights or activations into what the arithmetic takes, where it adds time.
-        overhead: Launches, set-up, requantization.
+        overhead: Launches and set-up; on CPUs and DSPs requantization too.
         total: What the layer takes: the model of the kind decides what overlaps.
     """
 
@@ -79,9 +79,10 @@ def latency(space: SearchSpace) -> Cost:
     On an FPGA it is the interval between two results of a pipeline, not the time from input to result.
 
     Skipped layers run in the device's float format. Products outside the layers (attention scores) are taken to be as
-    fast, for each multiply-accumulate, as the network's layers are as floats; a device without such a kernel times
-    none of them. A setting with a context, or that decodes, pays for the traffic of the key-value cache, in the float
-    format too. Element-wise operations are not timed. The notes of the cost say what was left out.
+    fast, for each multiply-accumulate, as the network's layers are as floats, and to grow with the square of the
+    tokens; a device without such a kernel times none of them. A setting with a context, or that decodes, pays for the
+    traffic of the key-value cache, in the float format too. Element-wise operations are not timed. The notes of the
+    cost say what was left out.
 
     Raises:
         BudgetError: If the device has no figures for time, or a skipped layer has no kernel there.
@@ -123,8 +124,11 @@ def _floats(space: SearchSpace) -> tuple[float, float, list[str]]:
         return 0.0, 0.0, [note] if outside else []
     work = make_workload(graph.layers, device.setting)
     seconds = dict(zip((x.name for x in graph), layer_times(work, [plain], device).total[:, 0], strict=True))
-    others = outside / graph.macs * sum(seconds.values()) if graph.macs else 0.0
-    note = f"{outside:,} multiply-accumulates outside the layers are taken to be as fast as those inside"
+    # With more tokens, attention's products grow by the square of what the layers grow by.
+    growth = float(work.macs.sum()) / (graph.macs * device.setting.batch) if graph.macs else 0.0
+    others = outside / graph.macs * sum(seconds.values()) * growth if graph.macs else 0.0
+    grown = round(outside * growth**2)
+    note = f"{grown:,} multiply-accumulates outside the layers are taken to be as fast as those inside"
     constant = sum(seconds[x.name] for x in space.skipped) + others
     return constant, sum(seconds.values()) + others, [note] if others else []
 

@@ -18,7 +18,7 @@ from mpq.cost_models.workload import Workload, make_workload
 from mpq.errors import BudgetError
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 Shape = tuple[object, ...]
 Pair = tuple[str, str]

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mpq.errors import BudgetError
+from mpq.quantizers.formats import NumberFormat
 
 # Floats that Horowitz measured: bits -> (exponent, mantissa, multiplication, addition).
 _FLOATS = {16: (5, 10, 1.1, 0.4), 32: (8, 23, 3.7, 0.9)}
 # A 2:1 multiplexer has about a third of the gates of a full adder: an estimate for barrel shifters.
 _SHIFT_PER_ADDER = 1 / 3
+_FP16 = NumberFormat.parse("fp16")
 
 
 class Number(Protocol):
@@ -70,26 +72,44 @@ def shift(bits: int, positions: int) -> float:
 
 
 def multiply(weight: Number, activation: Number) -> float:
-    """Product of a weight and an activation, by the weight's family (see `PRODUCTS`).
+    """Product of a weight and an activation, by the family of the one that is not plain (see `PRODUCTS`).
 
     Raises:
-        BudgetError: If the family has no energy.
+        BudgetError: If a family has no energy.
     """
-    if weight.family not in PRODUCTS:
-        raise BudgetError(f"no energy for products of {weight.family!r} numbers; known: {', '.join(PRODUCTS)}")
-    return PRODUCTS[weight.family](weight, activation)
+    _check(weight, activation)
+    plain = "int", "float"
+    if weight.family in plain and activation.family not in plain:
+        weight, activation = activation, weight
+    return PRODUCTS[weight.family](_read(weight), _read(activation))
 
 
 def accumulate(weight: Number, activation: Number, depth: float) -> float:
     """Adding one product to a sum of ``depth``.
 
     Integers: as many bits as the sum needs, 32 at most. Floats: in fp16 for formats under 16 bits, else in fp32.
+
+    Raises:
+        BudgetError: If a family has no energy.
     """
+    _check(weight, activation)
+    weight, activation = _read(weight), _read(activation)
     if _is_float(weight, activation):
         widest = max(x.bits for x in (weight, activation) if x.exponent)
         return float_add(16 if widest < 16 else 32)
     grown = (max(int(depth), 1) - 1).bit_length()
     return int_add(min(32, weight.bits + activation.bits + grown))
+
+
+def _check(*numbers: Number) -> None:
+    for x in numbers:
+        if x.family not in PRODUCTS:
+            raise BudgetError(f"no energy for products of {x.family!r} numbers; known: {', '.join(PRODUCTS)}")
+
+
+def _read(x: Number) -> Number:
+    """What multiplies: levels of tables are looked up as fp16, which costs nothing beside the product."""
+    return _FP16 if x.family in _TABLES else x
 
 
 def _product(weight: Number, activation: Number) -> float:
@@ -105,11 +125,33 @@ def _block_scaled(weight: Number, activation: Number) -> float:
     return _product(weight, activation) + int_add(8) / 32
 
 
+def _nvfp(weight: Number, activation: Number) -> float:
+    """A product, and the 8-bit float scales of blocks of 16 multiplied once for each block (NVFP4)."""
+    return _product(weight, activation) + float_multiply(4, 3) / 16
+
+
 def _pow2(weight: Number, activation: Number) -> float:
     """A shift by the exponent; the sign takes one bit of the weight. A float activation has its exponent added to."""
     if activation.exponent:
         return int_add(activation.exponent)
     return shift(activation.bits, 2 ** (weight.bits - 1))
+
+
+def _half_powers(weight: Number, activation: Number) -> float:
+    """Powers of the square root of two: shifts by half of the exponent.
+
+    Products of odd exponents have a sum of their own, which is multiplied by the root at the end (POST).
+    """
+    if activation.exponent:
+        return int_add(activation.exponent)
+    return shift(activation.bits, 2 ** max(weight.bits - 2, 0))
+
+
+def _log2(weight: Number, activation: Number) -> float:
+    """As `_pow2`, but no bit is a sign (softmax outputs: RepQuant, Li et al., 2023)."""
+    if activation.exponent:
+        return int_add(activation.exponent)
+    return shift(activation.bits, 2**weight.bits)
 
 
 def _additive_pow2(weight: Number, activation: Number) -> float:
@@ -135,14 +177,20 @@ def _l_mul(weight: Number, activation: Number) -> float:
     return int_add(max(weight.bits, activation.bits))
 
 
-# Family of the weight's format -> energy of its product with an activation. `shift_add` and `l_mul` are ways to
-# multiply integers and floats; the others are how weights are stored.
+# Families whose codes stand for levels of a table, one for all, for a tensor or for a channel.
+_TABLES = ("table", "kmeans", "nupes", "codebook")
+# Family of a format -> energy of its product with another operand. `shift_add` and `l_mul` are ways to multiply
+# integers and floats; the others are how tensors are stored.
 PRODUCTS: dict[str, Callable[[Number, Number], float]] = {
     "int": _product,
     "float": _product,
-    "codebook": _product,
+    **dict.fromkeys(_TABLES, _product),
+    "pvq": _product,  # points of a pyramid have whole numbers for coordinates
     "mx": _block_scaled,
+    "nvfp": _nvfp,
     "pow2": _pow2,
+    "post": _half_powers,
+    "log2": _log2,
     "apot": _additive_pow2,
     "ternary": _sign,
     "binary": _sign,

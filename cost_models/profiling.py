@@ -28,7 +28,7 @@ from mpq.cost_models.workload import make_workload
 from mpq.errors import DataError
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 SCHEMES = ("W32", "W8A8", "W4:g32")
 _PAIRS = {"W32": ("fp32", "fp32"), "W8A8": ("int8", "int8"), "W4:g32": ("fp32", "fp32")}
@@ -231,7 +231,7 @@ def predict(device: Device, measurements: Sequence[Measurement]) -> list[float]:
     ]
 
 
-def write_profile(profile: dict[str, Any], path: Path) -> Device:
+def write_profile(profile: dict[str, Any], path: str | Path) -> Device:
     """Check a profile and save it.
 
     Raises:
@@ -239,7 +239,7 @@ def write_profile(profile: dict[str, Any], path: Path) -> Device:
     """
     text = json.dumps(profile, indent=2) + "\n"
     device = parse_device(text, str(path))
-    path.write_text(text, "utf8")
+    Path(path).write_text(text, "utf8")
     return device
 
 

@@ -23,7 +23,7 @@ from mpq.cost_models.latency import LayerTimes
 from mpq.cost_models.workload import Workload
 from mpq.errors import FormatError
 from mpq.problem import Floats
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 
 OPS = ("conv", "depthwise", "matmul", "embedding")
 
@@ -81,6 +81,7 @@ class Shapes:
     def __init__(self, work: Workload) -> None:
         """Args: work: The layers."""
         self.work = work
+        self._stored: dict[NumberFormat, Floats] = {}
         channels = np.array([x.rows_shape[1] for x in work.layers], np.float64)
         self.embedding = work.kinds == "embedding"
         self.op = np.array([OPS.index(kind) for kind in work.kinds], np.int64)
@@ -93,13 +94,10 @@ class Shapes:
         return self.work.depth / self.channels
 
     def stored_bytes(self, fmt: NumberFormat) -> Floats:
-        """Bytes of the weights with scales and zero points ``[L]``: `NumberFormat.storage_bits` over layers."""
-        per_channel = self.work.weights / self.outer
-        scales = {"tensor": np.ones_like(per_channel), "channel": self.outer}.get(
-            fmt.granularity, self.outer * np.ceil(per_channel / (fmt.group_size or 1))
-        )
-        overhead = fmt.scale_bits + (0 if fmt.symmetric else fmt.bits)
-        return (fmt.bits * self.work.weights + (overhead * scales if fmt.scale_bits else 0.0)) / 8
+        """Bytes of the weights with scales and zero points ``[L]``."""
+        if fmt not in self._stored:
+            self._stored[fmt] = self.work.storage_bits(fmt) / 8
+        return self._stored[fmt]
 
     def compute(self, curve: Mapping[str, Floats], peak: float) -> Floats:
         """Seconds of the arithmetic of one call ``[L]``."""
@@ -120,7 +118,8 @@ class Shapes:
         rows = np.where(self.embedding, 0.0, work.rows)
         copies = np.where(self.taps > 1, rows * self.taps, 0.0)
         unfolded = np.where(work.depthwise, 0.0, rows * work.depth * work.blocks)
-        return curve["gather"] * copies + curve["pack"] * unfolded + curve["output"] * work.outputs + curve["overhead"]
+        spent = curve["gather"] * copies + curve["pack"] * unfolded + curve["output"] * work.outputs + curve["overhead"]
+        return np.where(self.embedding, 0.0, spent)  # those are costs of a product's kernel
 
 
 Move = Callable[[Shapes, Tensors, Device], Floats]
@@ -148,7 +147,8 @@ def vector_times(work: Workload, schemes: Sequence[Scheme], device: Device, move
         curve = _curves(device, pair, shapes.op)
         packed = np.isin(shapes.op, [OPS.index(o) for o in device.figures["packed_ops"]])
         weights = np.choose(shapes.op, [shapes.stored_bytes(device.loaded(scheme, kind)) for kind in OPS])
-        bits = device.computed(scheme)[1].bits
+        floats = NumberFormat.parse(device.float_format).bits  # what an embedding looks up has no format of its own
+        bits = np.where(shapes.embedding, floats, device.computed(scheme)[1].bits)
         moved = Tensors(_looked_up(shapes, weights), work.inputs * bits / 8, work.outputs * bits / 8)
         parts[0, :, s] = shapes.compute(curve, peak)
         parts[1, :, s] = move(shapes, moved, device)

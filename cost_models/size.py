@@ -26,22 +26,22 @@ def stored_bytes(space: SearchSpace, alignment: int = 1, *, loaded: bool = False
     """
     tied_once = [(g, x) for g, group in enumerate(space.groups) for x in {x.storage: x for x in group.layers}.values()]
     owners, layers = [g for g, _ in tied_once], [x for _, x in tied_once]
-    kinds = make_workload(layers).kinds
+    work = make_workload(layers)
     readers = np.array([sum(x.source is not None for x in g.layers) for g in space.groups], np.float64)
 
     @cache
     def weights(fmt: NumberFormat) -> Floats:
-        units = [math.ceil(fmt.storage_bits(x.rows_shape) / (8 * alignment)) for x in layers]
-        return np.array(units, np.float64) * alignment
+        return np.ceil(work.storage_bits(fmt) / (8 * alignment)) * alignment
 
     columns = []
     for scheme in space.schemes:
         act = scheme.activation
-        zero = 0 if act is None or act.symmetric else math.ceil(act.bits / 8)
-        per_input = 0 if act is None else act.scale_bits // 8 + zero
+        per_input = 0
+        if act is not None and act.calibrated:  # others find their scales at run time
+            per_input = act.scale_bits // 8 + (0 if act.symmetric else math.ceil(act.bits / 8))
         held = weights(scheme.weight)
-        for kind in np.unique(kinds) if loaded else ():
-            held = np.where(kinds == kind, weights(space.device.loaded(scheme, str(kind))), held)
+        for kind in np.unique(work.kinds) if loaded else ():
+            held = np.where(work.kinds == kind, weights(space.device.loaded(scheme, str(kind))), held)
         columns.append(np.bincount(owners, held, len(readers)) + per_input * readers)
     return np.stack(columns, 1)
 
@@ -49,6 +49,7 @@ def stored_bytes(space: SearchSpace, alignment: int = 1, *, loaded: bool = False
 def size(space: SearchSpace) -> Cost:
     """Bytes of all parameters in a file: formats of the searched layers, everything else as the model stores it.
 
+    What recipes keep beside codes counts; buffers and a file's header do not: `mpq.packed_size` tells of them.
     A device may hold more once it has loaded them: `mpq.cost_models.memory.resident_bytes`.
     """
     return whole_model(space, "size", stored_bytes(space))

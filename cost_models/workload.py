@@ -11,7 +11,8 @@ import numpy as np
 
 from mpq.cost_models.devices import Setting
 from mpq.layers import LayerSpec
-from mpq.problem import Floats
+from mpq.problem import Floats, Ints
+from mpq.quantizers.formats import NumberFormat
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,18 @@ class Workload:
     def depthwise(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Whether a layer is a depthwise convolution ``[L]``."""
         return (self.blocks > 1) & (self.columns <= 2)
+
+    def storage_bits(self, fmt: NumberFormat) -> Floats:
+        """Bits of each layer's weights in a format: `NumberFormat.storage_bits` ``[L]``."""
+        shapes, which = self._shapes
+        return np.array([fmt.storage_bits(shape) for shape in shapes], np.float64)[which]
+
+    @cached_property
+    def _shapes(self) -> tuple[list[tuple[int, ...]], Ints]:
+        """Distinct shapes of weights, and which of them each layer has ``[L]``."""
+        places: dict[tuple[int, ...], int] = {}
+        which = [places.setdefault(x.rows_shape, len(places)) for x in self.layers]
+        return list(places), np.array(which, np.int64)
 
     @cached_property
     def kinds(self) -> np.ndarray[tuple[int, ...], np.dtype[np.str_]]:
