@@ -22,7 +22,8 @@ def interaction_frontier(
 
     Limits spread over the frontier so far are passed upwards, downwards and upwards again. At each, local search starts
     from the pick so far, from the neighbouring answer and from the best pick for the loss linearized there (Frank and
-    Wolfe, 1956); on the way down also from random kicks. Nothing is proven: to prove one limit, solve it with
+    Wolfe, 1956); on the way down also from random kicks. In the end no change of a single group betters any point
+    (unless there are more of them than ``work`` allows). Nothing is proven: to prove one limit, solve it with
     `mpq.search.Interaction`.
 
     Args:
@@ -51,10 +52,18 @@ def interaction_frontier(
             begin = sorted((p for p in begin if search.problem.feasible(p)), key=problem.objective)
             best[i] = search.search(begin, _KICKS if step < 0 else 0, share, np.inf, rng)
         visited = np.unique(np.concatenate([visited, best]), axis=0)
-        spent, loss = cost[np.arange(G), visited].sum(1), totals(problem, visited)
-        kept = undominated(np.c_[spent, loss])
-        front = FrontierPicks(visited[kept], spent[kept], loss[kept], exact=False)
-    return front
+        front = _front_of(problem, cost, visited)
+    if len(front.picks) * G * problem.loss.size > work:
+        return front
+    settled = [_search(problem, cost, c).descend(p, pairs=False) for p, c in zip(front.picks, front.cost, strict=True)]
+    return _front_of(problem, cost, np.unique(settled, axis=0))
+
+
+def _front_of(problem: Problem, cost: Floats, picks: Ints) -> FrontierPicks:
+    """Those that no other dominates."""
+    spent, loss = cost[np.arange(len(cost)), picks].sum(1), totals(problem, picks)
+    kept = undominated(np.c_[spent, loss])
+    return FrontierPicks(picks[kept], spent[kept], loss[kept], exact=False)
 
 
 def _spread(cost: Floats, count: int) -> Ints:

@@ -68,8 +68,8 @@ class LocalSearch:
                 best, least = pick, found
         return best
 
-    def descend(self, pick: Ints) -> Ints:
-        """Best improvement by single and paired changes from a feasible pick."""
+    def descend(self, pick: Ints, *, pairs: bool = True) -> Ints:
+        """Best improvement by single and, if wanted, paired changes from a feasible pick."""
         g = self._groups
         self._pick = pick.copy()
         self._taken = self.interactions[g, pick]  # interactions of what each group took with all choices [G, G, S]
@@ -79,7 +79,7 @@ class LocalSearch:
         self._refresh()
         idle, c = 0, 0
         while idle < len(self._chunks) and time.perf_counter() < self.deadline:
-            while self._move_one() or self._move_two(*self._chunks[c]):
+            while self._move_one() or (pairs and self._move_two(*self._chunks[c])):
                 idle = 0
                 if time.perf_counter() > self.deadline:
                     break

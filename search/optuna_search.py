@@ -97,9 +97,7 @@ class _Run:
         while idle < _TRIES:
             if self._search.storage is not None:
                 self._adopt()
-            trials = [self._study.ask() for _ in range(self._search.batch)]
-            picks = [self._pick(trial) for trial in trials]
-            self._own.update(trial.number for trial in trials)
+            trials, picks = zip(*(self._next() for _ in range(self._search.batch)), strict=True)
             new = [self._is_new(trial, pick) for trial, pick in zip(trials, picks, strict=True)]
             idle = 0 if any(new) else idle + len(trials)
             if self._evaluations.partial and not self._several and self._search.batch == 1:
@@ -134,18 +132,37 @@ class _Run:
 
         storage = self._search.storage
         objectives = 1 + (len(self._problem.constraints) if self._several else 0)
-        study = optuna.create_study(
+        return optuna.create_study(
             storage=None if storage is None else _open_storage(storage),
             sampler=self._sampler(),
             study_name=self._search.study,
             directions=["minimize"] * objectives,
             load_if_exists=True,
         )
-        if self._search.seeded:
+
+    def _next(self) -> tuple[Trial, Ints]:
+        """The next trial and its pick; a seeded study begins with the predicted optimum.
+
+        That is not enqueued, since two processes may take one waiting trial from an SQLite file.
+        """
+        from optuna.exceptions import ExperimentalWarning
+        from optuna.samplers import PartialFixedSampler
+
+        sampler = self._study.sampler
+        if self._search.seeded and not self._own:
             best = predicted_optimum(self._feasible)
             start = {f"g{g}": self._options[g].index(int(s)) for g, s in enumerate(best)}
-            study.enqueue_trial(start, skip_if_exists=True)
-        return study
+            if not any(trial.params == start for trial in self._study.get_trials(deepcopy=False)):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    self._study.sampler = PartialFixedSampler(start, sampler)
+        try:
+            trial = self._study.ask()
+            pick = self._pick(trial)
+        finally:
+            self._study.sampler = sampler
+        self._own.add(trial.number)
+        return trial, pick
 
     def _sampler(self) -> Any:
         from optuna import samplers
