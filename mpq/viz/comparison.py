@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpq.viz.plots import _LOSSES, BLUE, GREY, _new_axes
+from mpq.viz.plots import BLUE, GREY, LOSSES, _new_axes
 
 if TYPE_CHECKING:
     from mpq.comparison import Comparison, EstimatorScore
@@ -35,7 +35,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     for ax in panels[len(comparison.scores) :]:
         ax.remove()
     figure.supxlabel("predicted loss", fontsize=10)
-    figure.supylabel(f"measured {_LOSSES[comparison.quantity]}", fontsize=10)
+    figure.supylabel(f"measured {LOSSES[comparison.quantity]}", fontsize=10)
     return figure
 
 
@@ -51,7 +51,9 @@ def _draw(ax: Axes, comparison: Comparison, score: EstimatorScore) -> None:
     ax.grid(True, which="major", color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    text = f"{score.name}\nSpearman {score.spearman:.3f} ({score.low:.3f} to {score.high:.3f})"
+    text = f"{score.name}\nSpearman {score.spearman:.3f}"
+    if not math.isnan(score.low):
+        text += f" ({score.low:.3f} to {score.high:.3f})"
     if not shown.all():
         text += f"\n{(~shown).sum()} of {len(shown)} predicted at or below 0"
     ax.set_title(text, fontsize=9, loc="left")

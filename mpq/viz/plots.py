@@ -20,10 +20,15 @@ BLUE, ORANGE, GREEN, GREY, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#777777
 _OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
 
 _MOST_LABELS = 60
-_LOSSES = {"kl": "KL to float (nats)", "mse": "squared error", "callable": "the loss"}
+LOSSES = {"kl": "KL to float (nats)", "mse": "squared error", "callable": "the loss"}
 
 # Unit of a cost -> factor and label of the axis.
 _AXIS = {"bytes": (1e-3, "kB"), "bit operations": (1e-9, "GBitOps")}
+
+
+def kind_of(op: str) -> str:
+    """Family of an op type: what layers are coloured by."""
+    return op.split("_")[0].rstrip("123d")
 
 
 def label_ticks(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
@@ -90,7 +95,7 @@ def plot_frontier(
     ax.set_yscale("log")
     _label_cost(ax, front.metric, unit)
     loss = front.analysis.provenance["loss"]
-    ax.set_ylabel(f"predicted rise of {_LOSSES.get(loss, loss)}")
+    ax.set_ylabel(f"predicted rise of {LOSSES.get(loss, loss)}")
     ax.margins(x=0.08)
     _tidy(ax)
     return ax
@@ -148,7 +153,7 @@ def plot_bits(cfg: BitConfig, ax: Axes | None = None) -> Axes:
         ax: Where to; a new figure by default.
     """
     ax = _new_axes(ax, width=max(7, min(24, 0.3 * len(cfg))), height=4)
-    kinds = [c.op.split("_")[0].rstrip("123d") for c in cfg.layers.values()]
+    kinds = [kind_of(c.op) for c in cfg.layers.values()]
     colours = [_OP_COLOURS.get(k, GREY) for k in kinds]
     bits = [c.weight.bits for c in cfg.layers.values()]
     ax.bar(range(len(cfg)), bits, color=colours)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from mpq.sensitivity.interaction import dependency
 from mpq.sensitivity.table import SensitivityTable
-from mpq.viz.plots import _LOSSES, _new_axes, label_ticks
+from mpq.viz.plots import LOSSES, _new_axes, label_ticks
 
 
 def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
@@ -39,7 +39,7 @@ def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
         )
     ax.set_yscale("log")
     name = str(table.provenance.get("loss"))
-    ax.set_ylabel(f"predicted {_LOSSES.get(name, name)}")
+    ax.set_ylabel(f"predicted {LOSSES.get(name, name)}")
     label_ticks(ax, table.groups)
     ax.grid(True, axis="y", which="major", alpha=0.3)
     ax.legend(title="scheme", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
