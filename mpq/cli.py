@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mpq.errors import MpqError, UnreachableError
+from mpq.errors import DataError, ExportError, MpqError, UnreachableError
 from mpq.profile_cli import profile
 
 app = typer.Typer(
@@ -54,7 +56,7 @@ def demo(
 def allocate(
     model: Annotated[
         str,
-        typer.Argument(help="package.module:name or file.py:name of a model, or of a function that makes it."),
+        typer.Argument(help="package.module:name or file.py:name of a model or what makes it; or an .onnx file."),
     ],
     calib: Annotated[
         str,
@@ -66,7 +68,9 @@ def allocate(
             help="Such as 'size<=25%', 'avg_bits<=4', 'latency<=3ms', 'accuracy_drop<=0.5%'. Repeat for several."
         ),
     ],
-    schemes: Annotated[str, typer.Option(help="What each layer may have.")] = "W2A8,W3A8,W4A8,W8A8",
+    schemes: Annotated[
+        str | None, typer.Option(help="What each layer may have. [default: W2A8,W3A8,W4A8,W8A8, or the runtime's]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the bits.")] = Path("bits.json"),
     eval_data: Annotated[str | None, typer.Option("--eval", help="Labelled batches to measure the result on.")] = None,
     pin: Annotated[
@@ -74,6 +78,7 @@ def allocate(
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to leave float. Repeatable.")] = None,
     device: Annotated[str, typer.Option(help="Device profile; see 'mpq devices'.")] = "generic",
+    runtime: Annotated[str | None, typer.Option(help="Search only what this tool loads; see 'mpq export'.")] = None,
     estimator: Annotated[
         str, typer.Option(help="anchored, influence, hessian_trace or another of mpq.sensitivity.ESTIMATORS.")
     ] = "anchored",
@@ -86,15 +91,13 @@ def allocate(
 
     Example: mpq allocate mpq.bundled:resnet20 --calib mpq.bundled:calibration --budget 'avg_bits<=4'
     """
-    import mpq
+    from mpq.allocation import allocate_and_analyze
     from mpq.locate import locate_data, locate_model
     from mpq.tables import print_config
 
     pins = dict(_split_pin(p) for p in pin or [])
-    for path in (out, report):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise MpqError(f"there is no folder {path.absolute().parent} to write {path.name} into")
-    config = mpq.allocate(
+    _check_folders(out, report)
+    config, analysis = allocate_and_analyze(
         locate_model(model),
         locate_data(calib),
         budget,
@@ -103,6 +106,7 @@ def allocate(
         pin=pins,
         skip=skip or [],
         device=device,
+        runtime=runtime,
         estimator=estimator,
         loss=loss,
         max_samples=max_samples,
@@ -111,7 +115,7 @@ def allocate(
     print_config(config, console)
     console.print(f"wrote {config.save(out)}", highlight=False)
     if report is not None:
-        console.print(f"wrote {config.report(report)}", highlight=False)
+        console.print(f"wrote {config.report(report, analysis=analysis)}", highlight=False)
 
 
 @app.command()
@@ -121,6 +125,22 @@ def show(path: Annotated[Path, typer.Argument(help="A bits.json.")]) -> None:
     from mpq.tables import print_config
 
     print_config(load(path), console)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A bits.json.")],
+    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("report.html"),
+) -> None:
+    """Write an HTML report of a saved config: one file that loads nothing from the network.
+
+    With frontier, sensitivities and prices it comes from 'mpq allocate --report'.
+    """
+    from mpq.config import load
+
+    config = load(path)
+    _check_folders(out)
+    console.print(f"wrote {config.report(out)}", highlight=False)
 
 
 @app.command()
@@ -162,7 +182,86 @@ def devices(
     show_devices(console, name)
 
 
+@app.command()
+def export(
+    bits: Annotated[Path, typer.Argument(help="A bits.json.")],
+    to: Annotated[str, typer.Option(help="Name of the tool; an unknown name lists them.")],
+    out: Annotated[Path, typer.Option(help="File or folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The network as for 'mpq allocate', where the tool's file holds weights.")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Batches as for 'mpq allocate', where the tool's file is traced with one.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the exporter as name=value, such as fold=false; repeatable.")
+    ] = None,
+) -> None:
+    """Write a saved config for a downstream tool, and say layer by layer what that tool will hold.
+
+    Example: mpq export bits.json --to gptqmodel --out quantize_config.json
+    """
+    from mpq.config import load
+    from mpq.export import export as write
+    from mpq.locate import locate_data, locate_model
+
+    options = dict(map(_option, option or []))
+    if calib is not None:
+        batches = iter(locate_data(calib))
+        options["sample"] = next(batches, None)
+        if options["sample"] is None:
+            raise DataError(f"{calib} has no batches; --calib needs at least one")
+    found = write(load(bits), to, out, model=None if model is None else locate_model(model), **options)
+    console.print(repr(found), highlight=False, markup=False)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Name and value of ``name=value``; what is no JSON is a string."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ExportError(f"--option takes name=value, such as fold=false, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="The tool's JSON file, a folder with its config.json, or a GGUF file.")],
+    source: Annotated[str, typer.Option("--from", help="Name of the tool; an unknown name lists them.")],
+    model: Annotated[str, typer.Option(help="The float network, as for 'mpq allocate'.")],
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Calibration batches, as for 'mpq allocate'; models of transformers can do without."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the bits.")] = Path("bits.json"),
+) -> None:
+    """Read a config that another tool made, so that 'mpq show', 'compare' and 'export' take it.
+
+    Example: mpq import quantize_config.json --from gptqmodel --model net.py:model --calib net.py:batches
+    """
+    from mpq.export.importing import import_config
+    from mpq.locate import locate_data, locate_model
+    from mpq.tables import print_config
+
+    config = import_config(source, file, locate_model(model), None if calib is None else locate_data(calib))
+    print_config(config, console)
+    console.print(f"wrote {config.save(out)}", highlight=False)
+
+
 app.command()(profile)
+
+
+def _check_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise MpqError(f"there is no folder {folder} to write {path.name} into")
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            raise MpqError(f"{path} can't be written: it is a folder, or its folder is read-only")
 
 
 def _split_pin(text: str) -> tuple[str, str]:
@@ -176,6 +275,6 @@ def main() -> None:
     """Entry point: errors that a user can act on are one line, not a traceback."""
     try:
         app()
-    except MpqError as error:
+    except (MpqError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(3 if isinstance(error, UnreachableError) else 2)
