@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from mpq.errors import MpqError
     from mpq.estimates import Estimate, estimate
     from mpq.evaluation import Evaluator, evaluate
+    from mpq.export.importing import import_config
     from mpq.frontier import Frontier
     from mpq.global_choices import GlobalChoices
     from mpq.layers import LayerGraph
-    from mpq.quantizers.formats import NumberFormat, Scheme
+    from mpq.packed import load_quantized, packed_size, save_quantized
+    from mpq.quantizers import NumberFormat, Scheme
     from mpq.trace import trace_model
 
 __version__ = "0.1.0"
@@ -49,9 +51,13 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "import_config",
     "load",
+    "load_quantized",
+    "packed_size",
     "pareto",
     "quantize",
+    "save_quantized",
     "trace_model",
 ]
 
@@ -65,12 +71,19 @@ _MODULES = {
     "mpq.errors": ("MpqError",),
     "mpq.estimates": ("Estimate", "estimate"),
     "mpq.evaluation": ("Evaluator", "evaluate"),
+    "mpq.export.importing": ("import_config",),
     "mpq.frontier": ("Frontier",),
     "mpq.global_choices": ("GlobalChoices",),
     "mpq.layers": ("LayerGraph",),
-    "mpq.quantizers.formats": ("NumberFormat", "Scheme"),
+    "mpq.packed": ("load_quantized", "packed_size", "save_quantized"),
+    "mpq.quantizers.formats": ("NumberFormat",),
+    "mpq.quantizers.schemes": ("Scheme",),
     "mpq.trace": ("trace_model",),
 }
 
 # No public function shares its module's name: importing the module would replace the function.
 __getattr__ = lazy_names(__name__, {name: module for module, names in _MODULES.items() for name in names})
+
+
+def __dir__() -> list[str]:
+    return __all__

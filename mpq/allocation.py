@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from mpq import __version__
 from mpq.analysis import Analysis, Budgets, find_solver
@@ -23,10 +22,11 @@ from mpq.config import BitConfig
 from mpq.cost_models import COST_MODELS, Cost, Device, default_costs, find_device
 from mpq.errors import BudgetError, MpqError
 from mpq.evaluation import Evaluator
+from mpq.export.runtimes import Runtime, find_runtime
 from mpq.frontier import Frontier
 from mpq.layers import LayerGraph
 from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
-from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.quantizers import Scheme, parse_schemes
 from mpq.search import Solver
 from mpq.sensitivity import Estimator, SensitivityTable
 from mpq.sensitivity.gate import check
@@ -35,16 +35,17 @@ from mpq.sensitivity.storing import open_store, stored
 from mpq.space import SearchSpace, layer_scheme, make_space
 from mpq.studies import search
 from mpq.trace import trace
-from mpq.view import Forward, ModelView, plain, preserved_state
+from mpq.view import Forward, ModelView, Network, plain, preserved_state
 
 DEFAULT_SCHEMES = "W2A8,W3A8,W4A8,W8A8"
 _EXPECTED_COVERAGE = 0.8
+_READING = ("seed", "max_samples", "forward")  # options that say which batches are read
 
 
 def analyze(
-    model: nn.Module,
+    model: Network,
     calib: Iterable[Any],
-    schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
+    schemes: str | Iterable[str | Scheme] | None = None,
     *,
     loss: str | UserLoss | OutputLoss = "auto",
     estimator: str | Estimator = "anchored",
@@ -53,10 +54,12 @@ def analyze(
     pin: Mapping[str, str | Scheme] | None = None,
     skip: Sequence[str] = (),
     groups: Iterable[Sequence[str]] = (),
+    share_inputs: bool | None = None,
     weight_range: str = "mse",
     activation_range: str = "mse",
     max_samples: int | None = 512,
     forward: Forward | None = None,
+    runtime: str | Runtime | None = None,
     budget: Budgets | None = None,
     store: str | Path | None = None,
     seed: int = 0,
@@ -68,7 +71,8 @@ def analyze(
         model: A trained network; its weights, mode, hooks and the random state stay as they are. Its own forward hooks
             run in every pass, as they do for its user.
         calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
-        schemes: What each layer may have, such as ``"W2A8,W4A8,W8A8"``.
+        schemes: What each layer may have, such as ``"W2A8,W4A8,W8A8"``. None: `DEFAULT_SCHEMES`, or for a runtime that
+            does not load these, common ones that it loads.
         loss: What is protected: ``auto`` (KL to the float model for logits, squared error otherwise), ``kl``,
             ``mse`` or a callable ``(output, batch) -> loss``.
         estimator: A name in `mpq.sensitivity.ESTIMATORS` or an estimator.
@@ -77,10 +81,13 @@ def analyze(
         pin: Layer name or glob -> the scheme it must have, such as ``{"fc": "W8A8"}``.
         skip: Layer names or globs to leave float.
         groups: Lists of layer names or globs that must share a scheme.
-        weight_range: Range rule of weights: ``mse``, ``minmax`` or ``percentile:P``.
+        share_inputs: Whether layers that read one tensor must share a scheme; None: where activation formats are
+            searched too, since the tensor is quantized once.
+        weight_range: Range rule of weights, see `mpq.quantizers.find_range`.
         activation_range: Range rule of activations.
         max_samples: Use at most about this many samples (whole batches); None takes all.
         forward: ``(model, batch) -> output`` where batches are not what the model's ``forward`` takes.
+        runtime: Name in `mpq.export.RUNTIMES`, such as ``"vllm"``: only what that tool can load is searched.
         budget: Budgets that will be asked for: if they can't be met, say so before measuring.
         store: Folder that keeps what was measured (`mpq.store.ScoreStore`): a killed run resumes from it, and more data
             or schemes measure only what is missing.
@@ -91,8 +98,10 @@ def analyze(
         MpqError: With a message that names the layer, batch or option at fault, before any long work.
     """
     estimate = find_estimator(estimator, estimator_options or {})
-    found_device, parsed = find_device(device), parse_schemes(schemes)
+    found_device, found_runtime = find_device(device), None if runtime is None else find_runtime(runtime)
+    parsed = parse_schemes(_default_schemes(found_runtime) if schemes is None else schemes)
     groups = list(groups)
+    model = plain(model)
     with preserved_state(seed):
         view = ModelView(model, forward)
         data = Calibration.load(calib, view.read, max_samples)
@@ -103,14 +112,15 @@ def analyze(
         _check_loss(resolved, output, data)
         graph = trace(view, data.batches[0])
         _warn_of_low_coverage(graph)
-        space = make_space(graph, parsed, pin=pin, skip=skip, groups=groups, device=found_device)
+        limits: dict[str, Any] = {"pin": pin, "skip": skip, "groups": groups, "share_inputs": share_inputs}
+        space = make_space(graph, parsed, **limits, device=found_device, runtime=found_runtime)
         costs = default_costs(space)
         if budget is not None:
             wanted = parse_budgets(budget)
             costs |= {b.metric: COST_MODELS[b.metric](space) for b in wanted if b.metric in COST_MODELS.keys() - costs}
             _check_reachable(space, costs, wanted)
-        bank = QuantizerBank(view, graph, weight_range, activation_range)
-        shelf = None if store is None else open_store(store, plain(model), forward, data, graph, bank, resolved)
+        bank = QuantizerBank(view, graph, weight_range, activation_range, data, progress)
+        shelf = None if store is None else open_store(store, model, forward, data, graph, bank, resolved)
         bank.prepare(space.schemes, progress)
         bank.observe(data, progress)
         run = partial(estimate, view, space, data, bank, resolved, seed=seed, progress=progress)
@@ -121,26 +131,28 @@ def analyze(
         ranges = _ranges(space, bank)
     name = estimator if isinstance(estimator, str) else getattr(estimator, "__name__", type(estimator).__name__)
     provenance = {
-        "model_hash": model_hash(plain(model)),
+        "model_hash": model_hash(model),
         "data_hash": data.hash,
         **({"data_hash_without": data.opaque} if data.opaque else {}),
         "samples": data.num_samples,
         "seed": seed,
         "estimator": name,
         "loss": resolved.name,
-        # One for activation ranges, then the estimator's own.
-        "forward_passes": round(1 + float(table.provenance.get("forward_passes", 0.0)), 2),
+        # For activation ranges and for weights that are rounded with an eye to their inputs, then the estimator's own.
+        "forward_passes": round(1 + bank.passes + float(table.provenance.get("forward_passes", 0.0)), 2),
         "weight_range": weight_range,
         "activation_range": activation_range,
         "device": found_device.name,
+        **({} if found_runtime is None else {"runtime": found_runtime.name}),
         "schemes": [str(s) for s in parsed],
         "constraints": {
             "pin": {k: str(v) for k, v in (pin or {}).items()},
             "skip": list(skip),
             "groups": [list(g) for g in groups],
+            **({} if share_inputs is None else {"share_inputs": share_inputs}),
         },
         "estimator_options": {k: repr(v) for k, v in (estimator_options or {}).items()},
-        "model_class": type(plain(model)).__name__,
+        "model_class": type(model).__name__,
         "findings": gate.provenance(),
         "coverage": {"parameters": graph.parameter_coverage, "macs": graph.mac_coverage},
         "versions": _versions(),
@@ -150,10 +162,10 @@ def analyze(
 
 
 def allocate(
-    model: nn.Module,
+    model: Network,
     calib: Iterable[Any],
     budget: Budgets,
-    schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
+    schemes: str | Iterable[str | Scheme] | None = None,
     *,
     solver: str | Solver = "auto",
     eval_data: Iterable[Any] | None = None,
@@ -162,14 +174,14 @@ def allocate(
     """The per-layer bits that cost the least accuracy under budgets.
 
     Args:
-        model: A trained network; never touched.
+        model: A trained network, or the path of an ONNX file (see `mpq.onnx_in`); never touched.
         calib: Calibration batches: any iterable of tensors, tuples or dicts, or a DataLoader. No labels are needed.
         budget: One or several: ``"size<=25%"`` (of the float model), ``"size<=300KB"``, ``"avg_bits<=4"``,
             ``"stored_bits<=4.5"``, ``"bitops<=2G"``, ``"latency<=2ms"``, ``"energy<=1mJ"``, ``"peak_memory<=2MB"``
             (time needs a ``device`` with figures; `mpq.cost_models.COST_MODELS` has all metrics); or
             ``"accuracy_drop<=0.5%"`` (percentage points, measured on ``eval_data``): then the smallest config within it
             that bisection over sizes finds.
-        schemes: What each layer may have.
+        schemes: What each layer may have; see `analyze` for None.
         solver: ``auto``, a name in `mpq.search.SOLVERS`, or a solver.
         eval_data: Labelled batches; if given, the result is measured on them.
         **options: As for `analyze`.
@@ -184,6 +196,21 @@ def allocate(
         >>> cfg.avg_bits <= 4, len(cfg)
         (True, 22)
     """
+    return allocate_and_analyze(model, calib, budget, schemes, solver=solver, eval_data=eval_data, **options)[0]
+
+
+def allocate_and_analyze(
+    model: Network,
+    calib: Iterable[Any],
+    budget: Budgets,
+    schemes: str | Iterable[str | Scheme] | None = None,
+    *,
+    solver: str | Solver = "auto",
+    eval_data: Iterable[Any] | None = None,
+    **options: Any,
+) -> tuple[BitConfig, Analysis]:
+    """`allocate`, and the analysis that its config comes from."""
+    model = plain(model)
     budgets = parse_budgets(budget)
     drop = next((b for b in budgets if b.metric == "accuracy_drop"), None)
     if drop is not None and eval_data is None:
@@ -193,21 +220,45 @@ def allocate(
     progress = bool(options.get("progress", True))
     evaluator = None
     if eval_data is not None:
-        evaluator = Evaluator(model, eval_data, forward=options.get("forward"), progress=progress)
+        pinned = [s if isinstance(s, Scheme) else Scheme.parse(s) for s in (options.get("pin") or {}).values()]
+        if any(s.weight.needs_data for s in (*parse_schemes(schemes or DEFAULT_SCHEMES), *pinned)):
+            calib = kept_batches(model, calib, **{k: options[k] for k in _READING if k in options})
+        evaluator = Evaluator(model, eval_data, forward=options.get("forward"), calib=calib, progress=progress)
         if drop is not None:
             evaluator.require_accuracy()
     others = tuple(b for b in budgets if b is not drop)
     analysis = analyze(model, calib, schemes, budget=others or None, **options)
     if drop is not None and evaluator is not None:
-        return search(analysis, evaluator, budgets, evaluations=None, solver=solver, progress=progress).config
+        found = search(analysis, evaluator, budgets, evaluations=None, solver=solver, progress=progress)
+        return found.config, analysis
     config = analysis.config_for(others, analysis.solve(others, solver))
-    return config if evaluator is None else config.with_measured(evaluator.measure(config))
+    return (config if evaluator is None else config.with_measured(evaluator.measure(config))), analysis
+
+
+def _default_schemes(runtime: Runtime | None) -> str | list[Scheme]:
+    """The usual ones where a runtime loads at least two of them."""
+    if runtime is None or sum(map(runtime.supports, parse_schemes(DEFAULT_SCHEMES))) > 1:
+        return DEFAULT_SCHEMES
+    return runtime.examples()
+
+
+def kept_batches(
+    model: Network,
+    calib: Iterable[Any],
+    *,
+    seed: int = 0,
+    max_samples: int | None = 512,
+    forward: Forward | None = None,
+) -> list[Any]:
+    """Calibration batches that can be read more than once: a generator can't, and a shuffling loader differs."""
+    with preserved_state(seed):
+        return [b.raw for b in Calibration.load(calib, ModelView(model, forward).read, max_samples).batches]
 
 
 def pareto(
-    model: nn.Module,
+    model: Network,
     calib: Iterable[Any],
-    schemes: str | Iterable[str | Scheme] = DEFAULT_SCHEMES,
+    schemes: str | Iterable[str | Scheme] | None = None,
     *,
     metric: str = "size",
     **options: Any,
@@ -215,9 +266,9 @@ def pareto(
     """All best trade-offs between predicted loss and a cost; any budget can then be asked of it.
 
     Args:
-        model: A trained network; never touched.
+        model: A trained network, or the path of an ONNX file (see `mpq.onnx_in`); never touched.
         calib: Calibration batches, as for `allocate`.
-        schemes: What each layer may have.
+        schemes: What each layer may have; see `analyze` for None.
         metric: The cost on the horizontal axis: a name in `mpq.cost_models.COST_MODELS`.
         **options: As for `analyze`.
 

@@ -15,10 +15,10 @@ from mpq.config import BitConfig, LayerChoice
 from mpq.cost_models.devices import Device
 from mpq.cost_models.registry import COST_MODELS, default_metrics
 from mpq.cost_models.table import Cost
-from mpq.errors import BudgetError, FormatError, UnreachableError
+from mpq.errors import BudgetError, ConfigError, FormatError, UnreachableError
 from mpq.layers import LayerSpec, Outside
 from mpq.problem import Ints, Problem, Solution, Status
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.search import SOLVERS, Solver, auto_solver
 from mpq.space import SearchSpace, layer_scheme
 
@@ -192,6 +192,16 @@ class Analysis:
         }
         return self._config(picks, (), record)
 
+    def pick(self, config: BitConfig) -> Ints:
+        """The scheme index of each group ``[G]`` that makes a config.
+
+        Raises:
+            ConfigError: If the config is of another model, or has a scheme that its group may not have here.
+        """
+        if config.provenance.get("model_hash") != self.provenance["model_hash"]:
+            raise ConfigError("the config is of another model than the analysis: their model_hash differs")
+        return self.space.pick({name: choice.scheme for name, choice in config.items()})
+
     def uniform(self, scheme: str | Scheme) -> BitConfig:
         """The same scheme everywhere, pinned groups excepted.
 
@@ -271,9 +281,12 @@ class Analysis:
         }
         metrics = self.metrics(pick, [b.partition("<=")[0] for b in budgets])
         order = [x.name for x in self.space.graph if x.name in layers]
+        tied = self.space.graph.tied()
         first_use = {x.storage: x.name for x in reversed(self.space.skipped)}
         skipped = tuple(
-            Outside(x.name, kept, kept * x.element_bits // 8, x.macs, "skipped by the user")
+            Outside(
+                x.name, kept, kept * x.element_bits // 8, x.macs, self.space.unfit.get(x.name, "skipped by the user")
+            )
             for x in self.space.skipped
             for kept in [x.parameters if first_use[x.storage] == x.name else 0]
         )
@@ -285,7 +298,11 @@ class Analysis:
             None,
             budgets,
             solver,
-            {**self.provenance, "cost_notes": {n: list(self.costs[n].notes) for n in metrics if self.costs[n].notes}},
+            {
+                **self.provenance,
+                "cost_notes": {n: list(self.costs[n].notes) for n in metrics if self.costs[n].notes},
+                **({"tied": tied} if tied else {}),
+            },
         )
 
     def _choice(self, layer: LayerSpec, group: str, g: int, s: int) -> LayerChoice:

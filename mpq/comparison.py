@@ -19,7 +19,7 @@ from mpq.config import BitConfig, Measured
 from mpq.errors import MpqError
 from mpq.problem import Floats, Ints
 from mpq.progress import progress_bar
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme, parse_schemes
 from mpq.random_configs import FEWEST, RandomConfigs
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Choice = str | Estimator | tuple[str | Estimator, Mapping[str, Any]]
 
 _RESAMPLES = 1000
+_FEWEST_FOR_INTERVAL = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class EstimatorScore:
     Attributes:
         name: The estimator's label.
         spearman: Rank correlation of predicted and measured losses; NaN if all predictions are equal.
-        low: Lower end of its bootstrap confidence interval.
+        low: Lower end of its bootstrap confidence interval; NaN for fewer than ten configs.
         high: Upper end.
         kendall: Kendall's tau-b.
         log10_error: Median of ``|log10(predicted / measured)|``, infinite where most predictions are not above zero;
@@ -130,7 +131,7 @@ class Comparison:
         ]
         for s in self.scores:
             factor = "" if s.log10_error is None else f"x{10**s.log10_error:.3g}"
-            interval = f"{s.low:.3f} to {s.high:.3f}"
+            interval = "" if math.isnan(s.low) else f"{s.low:.3f} to {s.high:.3f}"
             rows.append(
                 f"  {s.name:<{width}} {s.spearman:>8.3f} {interval:>16} {s.kendall:>8.3f} "
                 f"{factor:>8} {s.forward_passes:>8.5g} {s.cpu_seconds:>7.1f}"
@@ -180,14 +181,18 @@ def compare(
         MpqError: Before long work, if an estimator or number is unknown or wrong, or data is empty; later, if fewer
             than three configs within ``loss_range`` are found.
     """
-    from mpq.allocation import analyze
+    from mpq.allocation import analyze, kept_batches
     from mpq.evaluation import Evaluator
     from mpq.space import make_space
 
     chosen = _read_estimators(estimators)
+    schemes = parse_schemes(schemes)
+    if len(schemes) < 2:
+        raise MpqError(f"configs that differ take two schemes or more, not only {schemes[0]}")
     _check_numbers(configs, loss_range, confidence)
-    batches = _keep(model, calib, seed, **{k: options[k] for k in ("max_samples", "forward") if k in options})
-    evaluator = Evaluator(model, eval_data, forward=options.get("forward"), progress=progress)
+    read = {k: options[k] for k in ("max_samples", "forward") if k in options}
+    batches = kept_batches(model, calib, seed=seed, **read)
+    evaluator = Evaluator(model, eval_data, forward=options.get("forward"), calib=batches, progress=progress)
 
     def glance(config: BitConfig) -> Measured:
         with closing(evaluator.measure_in_parts(config)) as parts:
@@ -263,6 +268,8 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals of the rank correlations over resampled configs, the same resamples for all estimators.
 
+    NaN where there are fewer than ten configs: resamples of so few are too much alike.
+
     Args:
         measured: Loss of each config ``[C]``.
         predictions: Label -> prediction of each config ``[C]``.
@@ -272,8 +279,8 @@ def bootstrap(
     C = len(measured)
     drawn = np.random.default_rng(seed).integers(0, C, (_RESAMPLES, C))
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    intervals = {}
-    for name, predicted in predictions.items():
+    intervals = dict.fromkeys(predictions, (math.nan, math.nan))
+    for name, predicted in predictions.items() if C >= _FEWEST_FOR_INTERVAL else ():
         found = rank_correlation(predicted[drawn], measured[drawn])
         found = found[~np.isnan(found)]  # resamples of one value only
         low, high = np.quantile(found, tails).tolist() if len(found) else (math.nan, math.nan)
@@ -318,15 +325,6 @@ def _check_numbers(configs: int, loss_range: tuple[float, float], confidence: fl
         raise MpqError(f"loss_range must be two rising numbers above 0, such as (0.001, 1.0), not {loss_range}")
     if not 0 < confidence < 1:
         raise MpqError(f"confidence must be between 0 and 1, not {confidence}")
-
-
-def _keep(model: nn.Module, calib: Iterable[Any], seed: int, max_samples: int | None = 512, forward: Any = None) -> Any:
-    """The batches that every analysis will take: a generator can be read only once, a shuffling loader differs."""
-    from mpq.calibration import Calibration
-    from mpq.view import ModelView, preserved_state
-
-    with preserved_state(seed):
-        return [b.raw for b in Calibration.load(calib, ModelView(model, forward).read, max_samples).batches]
 
 
 def _json_number(value: Any) -> Any:

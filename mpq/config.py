@@ -16,8 +16,9 @@ from typing import Any
 import jsonschema
 
 from mpq.errors import ConfigError, FormatError
+from mpq.files import write_text
 from mpq.layers import Outside
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.units import si
 
 SCHEMA_VERSION = "mpq/bitconfig-1"
@@ -29,7 +30,7 @@ class LayerChoice:
 
     Attributes:
         scheme: Its scheme; the activation is None where the layer's input is not quantized.
-        activation_range: Calibrated range of its input, for integer activation formats.
+        activation_range: Calibrated range of its input, for activation formats with one scale.
         group: Name of the group it shares the scheme with.
         op: Op type.
         weight_shape: Shape of its weight.
@@ -205,8 +206,7 @@ class BitConfig(Mapping[str, LayerChoice]):
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file."""
-        Path(path).write_text(self.to_json(), "utf8")
-        return Path(path)
+        return write_text(path, self.to_json())
 
     def report(self, path: str | Path, **options: Any) -> Path:
         """Write a self-contained HTML report; see `mpq.viz.write_report` for the options."""
@@ -228,7 +228,7 @@ class BitConfig(Mapping[str, LayerChoice]):
         """
         try:
             data = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{origin} is not JSON: {error}") from None
         version = data.get("schema") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
@@ -352,9 +352,10 @@ def _read_layer(name: str, entry: dict[str, Any], origin: str) -> LayerChoice:
             f"{origin}, layer {name!r}: scheme {entry['scheme']} contradicts weight and activation {stated}"
         )
     limits = entry["activation_range"]
-    if scheme.activation is not None and scheme.activation.family == "int" and limits is None:
+    calibrated = scheme.activation is not None and scheme.activation.calibrated
+    if calibrated and limits is None:
         raise ConfigError(f"{origin}, layer {name!r}: {entry['scheme']} needs an activation_range")
-    if limits is not None and (scheme.activation is None or scheme.activation.family != "int"):
+    if limits is not None and not calibrated:
         raise ConfigError(f"{origin}, layer {name!r}: {entry['scheme']} takes no activation_range")
     if limits is not None and not limits[0] <= 0 <= limits[1]:
         raise ConfigError(f"{origin}, layer {name!r}: activation_range {limits} must hold zero")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import mpq
 from mpq.bundled import load_example
 from mpq.config import BitConfig, Measured
+from mpq.frontier import Frontier
 from mpq.tables import print_config
-from mpq.viz.report import save_overview
+from mpq.viz import plot_frontier, plot_measured
 
 _UNIFORM = ("W4A8", "W3A8")
 
@@ -69,7 +72,7 @@ def run_demo(folder: Path, seed: int, console: Console) -> dict[str, BitConfig]:
     marked = [configs[f"mixed, size of {s}"] for s in _UNIFORM]
     written = [
         best.save(folder / "bits.json"),
-        save_overview(front, series, marked, folder / "pareto.png"),
+        _save_overview(front, series, marked, folder / "pareto.png"),
         best.report(folder / "report.html", frontier=front, measured=configs),
     ]
     console.print(
@@ -78,6 +81,16 @@ def run_demo(folder: Path, seed: int, console: Console) -> dict[str, BitConfig]:
         soft_wrap=True,
     )
     return configs
+
+
+def _save_overview(front: Frontier, series: Mapping[str, list[BitConfig]], mark: list[BitConfig], path: Path) -> Path:
+    """Two plots side by side: the predicted frontier with marked configs, and measured accuracy."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_frontier(front, left, mark=mark)
+    plot_measured(series, right)
+    figure.savefig(path, dpi=130)
+    return path
 
 
 def _kilobytes(size_bytes: float) -> float:

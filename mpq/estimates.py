@@ -15,7 +15,7 @@ from mpq.cost_models.latency import LayerTimes, layer_times
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.errors import BudgetError, ConfigError
 from mpq.layers import LayerGraph
-from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.quantizers import Scheme, parse_schemes
 from mpq.trace import trace_model
 from mpq.units import si
 

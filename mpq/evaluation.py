@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable, Sized
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -9,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpq.apply import InputQuantizer, check_fits, check_hash
+from mpq.apply import InputQuantizer, calibration_of, check_fits, needs_data
 from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration, model_hash, read_batches
 from mpq.config import BitConfig, Measured
 from mpq.errors import ConfigError, DataError, MpqError
+from mpq.kept_codes import check_hash
+from mpq.labels import IGNORED_LABEL, labels_are_tokens
 from mpq.losses import (
     CallableLoss,
     KLLoss,
@@ -26,10 +29,9 @@ from mpq.losses import (
 )
 from mpq.progress import progress_bar
 from mpq.trace import trace
-from mpq.view import Forward, ModelView, plain, preserved_state
+from mpq.view import Forward, ModelView, Network, plain, preserved_state
 
 _ONE_AT_A_TIME = RLock()  # a measurement swaps weights and hooks in: threads take turns
-_IGNORED_LABEL = -100  # PyTorch's and Hugging Face's convention
 
 
 @dataclass
@@ -83,26 +85,27 @@ def _count(totals: _Totals, output: Any, batch: Batch) -> None:
     if labels.dim() == scores.dim() and labels.shape[-1] == 1:
         labels = labels[..., 0]
     if scores.shape[:-1] != labels.shape:
+        unfit = f"labels of shape {tuple(batch.labels.shape)} don't fit class scores {tuple(logits.shape)}"
+        warnings.warn(f"no accuracy of these batches: {unfit}", stacklevel=2)
         return
-    ids = batch.kwargs.get("input_ids")
-    if isinstance(ids, Tensor) and torch.equal(torch.where(labels == _IGNORED_LABEL, ids, labels), ids):
-        scores, labels = scores[:, :-1], labels[:, 1:]  # causal language models predict the next token
+    if labels_are_tokens(labels, batch):
+        scores, labels = scores[:, :-1], labels[:, 1:]
     scores, wanted = scores.flatten(0, -2).float(), labels.to(logits.device, torch.long).flatten()
-    counted = wanted != _IGNORED_LABEL
+    counted = wanted != IGNORED_LABEL
     classes = scores.shape[1]
     if ((wanted[counted] < 0) | (wanted[counted] >= classes)).any():
         raise DataError(f"a label is not one of the model's {classes} classes (0 to {classes - 1})")
     totals.labelled += batch.size
     totals.predictions += int(counted.sum())
     totals.correct += int((scores.argmax(1) == wanted)[counted].sum())
-    totals.cross_entropy += float(F.cross_entropy(scores, wanted, reduction="sum", ignore_index=_IGNORED_LABEL))
+    totals.cross_entropy += float(F.cross_entropy(scores, wanted, reduction="sum", ignore_index=IGNORED_LABEL))
 
 
 def evaluate(
-    model: nn.Module,
+    model: Network,
     data: Iterable[Any],
     *,
-    reference: nn.Module | None = None,
+    reference: Network | None = None,
     loss: UserLoss | None = None,
     forward: Forward | None = None,
     progress: bool = True,
@@ -147,6 +150,8 @@ class Evaluator:
         model: The float model.
         data: Batches with labels, as for `evaluate`.
         forward: ``(model, batch) -> output`` where batches are not what ``forward`` takes.
+        calib: The calibration batches that configs were made with, for those whose weights are rounded with an eye to
+            their inputs (``W4:gptq``): they cost one more pass, over these, at the first of them.
         progress: Show a bar for each pass.
 
     Attributes:
@@ -159,9 +164,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, progress: bool = True
+        self,
+        model: Network,
+        data: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        calib: Iterable[Any] | None = None,
+        progress: bool = True,
     ) -> None:
         self._progress = progress
+        self._calib = calib
+        model = plain(model)
         with preserved_state(seed=0), torch.no_grad():
             self._view = ModelView(model, forward)
             loaded = Calibration.load(data, self._view.read)
@@ -175,8 +188,8 @@ class Evaluator:
             _add(totals, output, batch, None, None)
         self.float_measured = totals.result()
         self.classifies = isinstance(resolve_loss("auto", self._references[0]), KLLoss)
-        self._hash = model_hash(plain(model))
-        self._banks: dict[str, QuantizerBank] = {}
+        self._hash = model_hash(model)
+        self._banks: dict[tuple[str, str], QuantizerBank] = {}
 
     def measure(self, config: BitConfig, *, strict: bool = True) -> Measured:
         """Measure a config.
@@ -186,7 +199,9 @@ class Evaluator:
             strict: Refuse a config that was made for other weights.
 
         Raises:
-            ConfigError: If it was made for another model, or names a layer that did not run here.
+            ConfigError: If it was made for another model or with other calibration data, or names a layer that did not
+                run here.
+            FormatError: If a weight needs calibration data and there is none.
         """
         *_, measured = self.measure_in_parts(config, strict=strict)
         return measured
@@ -204,18 +219,20 @@ class Evaluator:
         check_fits(self._view.module, config)
         if strict:
             check_hash(self._hash, config)
-        method = config.provenance["weight_range"]
-        bank = self._banks.setdefault(method, QuantizerBank(self._view, self._graph, method))
-        weights, hooks = {}, []
+        bank = self._bank(config, strict)
+        weights, quantizers = {}, {}
         for name, choice in config.layers.items():
             layer = next((x for x in self._graph if x.name == name), None)
             if layer is None:
                 raise ConfigError(f"layer {name!r} of the config did not run on the evaluation data")
-            weights[name] = bank.weight(layer, choice.weight)
-        for name, choice in config.layers.items():
-            if choice.activation is not None:
-                quantizer = InputQuantizer(choice.activation, choice.activation_range)
-                hooks.append(self._view.layers[name].register_forward_pre_hook(quantizer, with_kwargs=True))
+            with preserved_state(seed=0):
+                weights[name] = bank.weight(layer, choice.weight)
+                if choice.activation is not None:
+                    basis = bank.basis(layer, choice.activation)
+                    quantizers[name] = InputQuantizer(choice.activation, choice.activation_range, basis)
+        hooks = [
+            self._view.layers[name].register_forward_pre_hook(q, with_kwargs=True) for name, q in quantizers.items()
+        ]
         totals = _Totals()
         with (
             _ONE_AT_A_TIME,
@@ -227,6 +244,16 @@ class Evaluator:
             for i, batch in enumerate(progress_bar(self._batches, "evaluate", self._progress)):
                 _add(totals, self._view(batch), batch, self._references[i], None)
                 yield replace(totals.result(), float_accuracy=self.float_measured.accuracy)
+
+    def _bank(self, config: BitConfig, strict: bool) -> QuantizerBank:
+        """Weights that were rounded by the same range rule, with an eye to the same data."""
+        method, wanted = config.provenance["weight_range"], needs_data(config)
+        key = method, config.provenance["data_hash"] if wanted else ""
+        if key not in self._banks:
+            with preserved_state(seed=0):
+                data = calibration_of(config, self._view, self._calib, strict) if wanted else None
+            self._banks[key] = QuantizerBank(self._view, self._graph, method, data=data, progress=self._progress)
+        return self._banks[key]
 
     def accuracy_drop(self, config: BitConfig) -> tuple[float, Measured]:
         """Float accuracy minus the config's, and all that was measured.

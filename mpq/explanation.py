@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from mpq.budget import Budget
 from mpq.config import BitConfig
 from mpq.feasibility import Feasibility, make_feasibility
-from mpq.problem import Ints, Problem, Solution, Status
-from mpq.quantizers.formats import Scheme
+from mpq.files import write_text
+from mpq.problem import Ints, Problem, Solution, Status, solved
+from mpq.quantizers import Scheme
 from mpq.search import Solver
 from mpq.search.explain import Alternatives, explain_pick
 from mpq.search.local_search import with_others
@@ -181,8 +182,17 @@ class Explanation:
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file."""
-        Path(path).write_text(self.to_json(), "utf8")
-        return Path(path)
+        return write_text(path, self.to_json())
+
+    def worth(self, metric: str) -> str:
+        """Whether a budget binds, and what a higher limit would save, in words."""
+        price = self.prices[metric]
+        if price.price > 0:
+            more = self.analysis.costs[metric].scaled(price.step)
+            return f"binds: {more} more would save about {price.price * price.step:.2g} of loss"
+        if price.binding:
+            return "binds: a higher limit saves loss once several groups can change together"
+        return "does not bind: a higher limit would buy nothing"
 
     def _problem(self) -> Problem:
         return self.analysis.problem(self.budgets)
@@ -195,12 +205,7 @@ class Explanation:
         lines = [f"{', '.join(b.text for b in self.budgets)}: predicted {loss} rise {self.loss:.5g} ({status})"]
         for m, p in self.prices.items():
             show, reach = self.analysis.costs[m].scaled, self.feasibility.metrics[m]
-            told = "does not bind: a higher limit would buy nothing"
-            if p.price > 0:
-                told = f"binds: {show(p.step)} more would save about {p.price * p.step:.2g} of loss"
-            elif p.binding:
-                told = "binds: a higher limit saves loss once several groups can change together"
-            lines.append(f"{m} {show(p.used)} of {show(p.limit)}, {told}")
+            lines.append(f"{m} {show(p.used)} of {show(p.limit)}, {self.worth(m)}")
             lines.append(f"{m} can reach {show(reach.least)} to {show(reach.most)}")
         return lines
 
@@ -256,6 +261,37 @@ class Explanation:
 def make_explanation(analysis: Analysis, budgets: tuple[Budget, ...], solver: str | Solver) -> Explanation:
     """Solve and explain; see `Analysis.explain`."""
     solution = analysis.solve(budgets, solver)
+    return _explained(analysis, budgets, solution, analysis.config_for(budgets, solution), solver)
+
+
+def explain_config(analysis: Analysis, config: BitConfig, budgets: tuple[Budget, ...]) -> Explanation:
+    """Explain a config that was found before, by whatever means.
+
+    Args:
+        analysis: Of the same model and schemes.
+        config: The config.
+        budgets: Those to hold it to.
+
+    Raises:
+        ConfigError: If the config is not one of the analysis.
+    """
+    solution = solved(analysis.problem(budgets), analysis.pick(config), -math.inf, 0.0, str(config.solver["name"]))
+    return _explained(analysis, budgets, solution, config, "auto")
+
+
+def explain_given(analysis: Analysis, metric: str, pick: Ints) -> Explanation:
+    """Any pick ``[G]`` against its alternatives, at the prices of a limit that is its own value of a metric.
+
+    Raises:
+        BudgetError: If the metric has no cost model here.
+    """
+    value = analysis.cost(metric).total(pick)
+    return explain_config(analysis, analysis.config(pick), (Budget(metric, value, False, f"{metric}<={value:.10g}"),))
+
+
+def _explained(
+    analysis: Analysis, budgets: tuple[Budget, ...], solution: Solution, config: BitConfig, solver: str | Solver
+) -> Explanation:
     assert solution.pick is not None
     choices = explain_pick(analysis.problem(budgets), solution.pick)
     slope = _slope(analysis, analysis.table.predict(solution.pick))
@@ -267,7 +303,6 @@ def make_explanation(analysis: Analysis, budgets: tuple[Budget, ...], solver: st
         price = choices.prices[cost.name] * cost.divisor * slope
         binding = cost.name in choices.binding
         prices[budget.metric] = Price(cost.total(solution.pick), limit, cost.unit, price, step, binding)
-    config = analysis.config_for(budgets, solution)
     feasibility = make_feasibility(analysis, budgets)
     return Explanation(analysis, budgets, solution, config, prices, feasibility, choices, solver)
 

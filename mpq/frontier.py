@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from mpq._lazy import require
 from mpq.analysis import Analysis, Budgets
 from mpq.config import BitConfig
 from mpq.cost_models.table import Cost
+from mpq.errors import MpqError
+from mpq.files import write_text
 from mpq.problem import Floats, Ints, Problem
 from mpq.search import FrontierPicks, convex_frontier, exact_frontier, interaction_frontier
 from mpq.search.interaction import solver_for
@@ -22,6 +25,10 @@ from mpq.units import si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from mpq.viz.explorer import Explorer
+    from mpq.viz.explorer_measuring import Evaluate
+    from mpq.viz.explorer_points import Given
 
 # Where conversions between neighbours count, each limit is a problem of its own.
 _PAIR_LIMITS, _PAIR_SECONDS = 24, 1.0
@@ -94,6 +101,30 @@ class Frontier(Sequence[BitConfig]):
 
         return plot_frontier(self, ax, **options)
 
+    def explore(self, points: Mapping[str, Given] | None = None, evaluate: Evaluate | None = None) -> Explorer:
+        """Explore it in a notebook (VS Code, JupyterLab, Colab): an interactive plot with the layers of each point.
+
+        Needs ``mpq[explore]``. Both axes switch between the metrics that the configs hold (`Analysis.on` a device adds
+        latency and energy), predicted loss, and measured accuracy and divergence. A click on a point shows the bits,
+        runner-up and price of each layer; buttons save the config as JSON and measure it. ``explorer.config`` is the
+        chosen one.
+
+        Args:
+            points: Name -> a config of your own, or metrics of a published one in the units of the axes, such as
+                ``{"size": 120e3, "accuracy": 0.91}``.
+            evaluate: What measures a config: a `mpq.Evaluator`, or a function of a `BitConfig` that returns `Measured`.
+                It runs in the background.
+
+        Raises:
+            MpqError: If a package is missing, or a point has figures for no axis.
+        """
+        require(("plotly", "anywidget", "ipywidgets"), "explore")
+        from mpq.viz.explorer import Explorer
+
+        if evaluate is not None and not callable(evaluate) and not hasattr(evaluate, "measure"):
+            raise MpqError(f"evaluate must be mpq.Evaluator(model, labelled_batches), not {type(evaluate).__name__}")
+        return Explorer(self, points or {}, evaluate)
+
     def to_json(self) -> str:
         """Metric, unit and all points with their schemes by layer."""
         points = [
@@ -115,8 +146,7 @@ class Frontier(Sequence[BitConfig]):
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file."""
-        Path(path).write_text(self.to_json(), "utf8")
-        return Path(path)
+        return write_text(path, self.to_json())
 
     def _kind(self) -> str:
         thinned = f", thinned from {self.total:,}" if self.total > len(self) else ""

@@ -22,7 +22,7 @@ from mpq.cost_models import COST_MODELS
 from mpq.errors import BudgetError, FormatError, MpqError
 from mpq.problem import Constraint, Ints, PairCosts, Problem, Status, solved
 from mpq.progress import open_bar
-from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.quantizers import Scheme, parse_schemes
 from mpq.search import Choices, Evaluations, Ledger, MeasuredSearch, MeasuredSolution, Stop
 from mpq.search.interaction import solver_for
 from mpq.sensitivity import SensitivityTable
@@ -264,8 +264,12 @@ class GlobalChoices:
 
 def _changed(scheme: Scheme, settings: Mapping[str, Any]) -> Scheme:
     """A scheme with the weight format that settings ask for."""
-    changes = {name: settings[name] for name in _OF_WEIGHTS if settings.get(name) is not None}
-    return replace(scheme, weight=replace(scheme.weight, **changes))
+    weight = scheme.weight
+    if settings.get("granularity") is not None:
+        weight = weight.regrouped(settings["granularity"])
+    if settings.get("symmetric") is not None:
+        weight = replace(weight, symmetric=settings["symmetric"])
+    return replace(scheme, weight=weight)
 
 
 def _dearest(same: Sequence[Constraint]) -> Constraint:

@@ -16,6 +16,15 @@ def has_labels(batch: Batch) -> bool:
     return isinstance(batch.labels, Tensor) and not batch.labels.is_floating_point()
 
 
+def labels_are_tokens(labels: Tensor, batch: Batch) -> bool:
+    """Whether labels are the input tokens, as causal language models take them: each is due one position earlier."""
+    ids = batch.kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape:  # one label for a whole text, say
+        return False
+    ids = ids.to(labels)
+    return torch.equal(labels.where(labels != IGNORED_LABEL, ids), ids)
+
+
 def scores_and_labels(logits: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
     """Class scores ``[B, P, C]`` and the labels they should predict ``[B, P]``.
 
@@ -40,10 +49,7 @@ def scores_and_labels(logits: Tensor | None, batch: Batch) -> tuple[Tensor, Tens
         labels = labels[..., 0]
     if labels.shape != scores.shape[:-1]:
         raise DataError(f"labels of shape {tuple(labels.shape)} don't fit class scores {tuple(logits.shape)}")
-    ids, mask = batch.kwargs.get("input_ids"), batch.kwargs.get("attention_mask")
-    causal = isinstance(ids, Tensor) and torch.equal(
-        labels.where(labels != IGNORED_LABEL, ids.to(labels)), ids.to(labels)
-    )
+    mask, causal = batch.kwargs.get("attention_mask"), labels_are_tokens(labels, batch)
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         labels = labels.where(mask.to(labels.device) != 0, IGNORED_LABEL)
     if causal:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mpq.errors import DataError, GraphError, MpqError
+from mpq.onnx_in import load_onnx
 
 
 def locate(spec: str) -> Any:
@@ -41,11 +42,13 @@ def locate(spec: str) -> Any:
 
 
 def locate_model(spec: str) -> nn.Module:
-    """A model.
+    """A model, or what an ONNX file holds.
 
     Raises:
         GraphError: If the object is none.
     """
+    if spec.endswith(".onnx"):
+        return load_onnx(spec)
     found = locate(spec)
     if not isinstance(found, nn.Module):
         raise GraphError(f"{spec} is a {type(found).__name__}, not a torch.nn.Module")

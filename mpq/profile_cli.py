@@ -26,7 +26,7 @@ def profile(
     device: Annotated[str, typer.Option(help="What to measure; this machine's cpu is the only one.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where to write the device profile.")] = Path("this_cpu.json"),
     name: Annotated[str, typer.Option(help="Name of the device in the profile.")] = "this_cpu",
-    seconds: Annotated[float, typer.Option(help="Seconds spent on each kernel.")] = 0.25,
+    seconds: Annotated[float, typer.Option(help="Seconds spent on each kernel.", min=0.001)] = 0.25,
 ) -> None:
     """Measure onnxruntime's kernels for every distinct layer of a model, and write a device profile fitted to them.
 

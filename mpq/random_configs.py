@@ -18,7 +18,7 @@ from mpq.space import SearchSpace
 FEWEST = 3  # configs for a rank correlation to mean anything
 _BINS = 10
 _TRIES = 25  # draws for each config asked for
-_SPREAD = 1.5  # bits around the level that a config's schemes are drawn from
+_SPREAD = 0.2, 1.5  # bits around the level that a config's schemes are drawn from
 _DRAWS, _FEWEST_TRIED = 20, 12  # random picks to take a promising one of, once that many losses are known
 _MOST_BITS = 10  # formats above lose next to nothing, so more bits are not further away
 
@@ -64,7 +64,7 @@ class RandomConfigs:
             glanced = self._loss(pick, self._glance)
             near = self._bin(glanced)
             if near is not None:
-                self._tried.append((_average_bits(self._analysis.space, pick), self._place(glanced)))
+                self._tried.append((_average_noise(self._analysis.space, pick), self._place(glanced)))
             if near is None or not self._room[max(0, near - 1) : near + 2].any():
                 continue
             loss = self._loss(pick, self._measure)
@@ -74,7 +74,7 @@ class RandomConfigs:
                 yield pick, loss
 
     def _promising(self) -> Ints:
-        """The first of a few random picks whose average bits have given losses in bins with room.
+        """The first of a few random picks whose average noise has given losses in bins with room.
 
         Nothing but the average decides, so that no estimator is favoured.
         """
@@ -85,7 +85,7 @@ class RandomConfigs:
         terms, losses = (np.array(column) for column in zip(*self._tried, strict=True))
         fit = np.linalg.lstsq(terms, losses, rcond=None)[0]
         for pick in drawn:
-            bin_ = math.floor(float(_average_bits(space, pick) @ fit))
+            bin_ = math.floor(float(_average_noise(space, pick) @ fit))
             if self._room[max(0, bin_ - 1) : bin_ + 2].any() and -1 <= bin_ <= _BINS:
                 return pick
         return drawn[-1]
@@ -129,22 +129,27 @@ class RandomConfigs:
         return math.log(loss / low) / math.log(high / low) * _BINS
 
 
-def _average_bits(space: SearchSpace, pick: Ints) -> Floats:
-    """Terms of a quadratic in a pick's average weight and activation bits ``[5]``."""
-    w, a = (float(_bits(s)[pick].mean()) for s in zip(*((s.weight, s.activation) for s in space.schemes), strict=True))
+def _average_noise(space: SearchSpace, pick: Ints) -> Floats:
+    """Terms of a quadratic in the logarithms of a pick's mean noise of weights and activations ``[5]``.
+
+    Noise has a quarter of the power for each bit more, and the few layers with the fewest bits make most of it.
+    """
+    formats = zip(*((s.weight, s.activation) for s in space.schemes), strict=True)
+    w, a = (float(np.log(np.exp2(-2 * _bits(s)[pick]).mean())) for s in formats)
     return np.array([1.0, w, a, w * w, a * a])
 
 
 def random_pick(space: SearchSpace, rng: np.random.Generator) -> Ints:
-    """A random pick ``[G]``: schemes in random (Dirichlet) shares around a random bit width.
+    """A random pick ``[G]``: schemes in random (Dirichlet) shares around a random bit width, close to it or less so.
 
     The same shares for all groups let configs differ in their total; one scheme at a time, drawn evenly, would give
-    configs that are all alike in it.
+    configs that are all alike in it. A network that can't bear a few bits anywhere needs picks without them.
     """
+    spread = rng.uniform(*_SPREAD)
     weight = np.ones(len(space.schemes))
     for bits in _bits(s.weight for s in space.schemes), _bits(s.activation for s in space.schemes):
         level = rng.uniform(bits.min(), bits.max())
-        weight *= np.exp(-0.5 * np.square((bits - level) / _SPREAD))
+        weight *= np.exp(-0.5 * np.square((bits - level) / spread))
     shares = rng.dirichlet(3 * weight / weight.max() + 1e-3)
     rows = space.allowed * (shares + 1e-12)  # groups that are pinned to a scheme of no share still get it
     return np.array([rng.choice(len(row), p=row / row.sum()) for row in rows])

@@ -301,7 +301,7 @@ def prepared(
     calib = Calibration.load(data, view.read)
     graph = trace(view, calib.batches[0])
     space = make_space(graph, schemes, device=find_device("generic"))
-    bank = QuantizerBank(view, graph)
+    bank = QuantizerBank(view, graph, data=calib, progress=False)
     bank.observe(calib, progress=False)
     return view, space, calib, bank
 

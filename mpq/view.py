@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mpq.attention import PackedProjection, expand_attention
@@ -17,6 +18,8 @@ from mpq.errors import DataError, GraphError, MpqError
 from mpq.trees import tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
+# A module, or the path of an ONNX file.
+Network = nn.Module | str | os.PathLike[str]
 
 # Quantizable modules and their op names. Subclasses count as well.
 QUANTIZABLE: dict[type[nn.Module], str] = {
@@ -48,14 +51,19 @@ def has_weight(module: nn.Module) -> bool:
     return weight is not None and weight.numel() > 0
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The module itself where ``torch.compile`` wrapped it.
+def plain(model: Network) -> nn.Module:
+    """The module itself where ``torch.compile`` wrapped it, or what an ONNX file holds.
 
     Raises:
-        GraphError: If it is no module.
+        GraphError: If it is no module, or a file that can't be read.
     """
+    if isinstance(model, str | os.PathLike):
+        from mpq.onnx_in import load_onnx
+
+        return load_onnx(model)
     if not isinstance(model, nn.Module):
-        raise GraphError(f"the model must be a torch.nn.Module, not {model!r}")
+        hint = "; a state dict holds weights only, load it into the model" if isinstance(model, Mapping) else ""  # type: ignore[unreachable]
+        raise GraphError(f"the model must be a torch.nn.Module or an ONNX file, not a {type(model).__name__}{hint}")
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -90,14 +98,14 @@ class ModelView:
         GraphError: If the model can't be copied or has no quantizable layer.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
+    def __init__(self, model: Network, forward: Forward | None = None) -> None:
         self.module = share_weights(plain(model))
         self._forward = forward
         self.layers: dict[str, nn.Module] = {
             name: m for name, m in self.module.named_modules() if op_of(m) and has_weight(m)
         }
         if not self.layers:
-            kinds = sorted({type(m).__name__ for m in model.modules()})
+            kinds = sorted({type(m).__name__ for m in self.module.modules()})
             raise GraphError(
                 "the model has no quantizable layer (Conv, ConvTranspose, Linear, Embedding or "
                 f"MultiheadAttention with plain weights); it holds {', '.join(kinds[:8])}"
@@ -145,6 +153,9 @@ class ModelView:
         except Exception as error:
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch.tensors())
             labels = " (its labels were not passed on)" if batch.labels is not None else ""
+            if isinstance(self.module, fx.GraphModule):
+                names = [str(n.target) for n in self.module.graph.nodes if n.op == "placeholder"]
+                labels += f" for the inputs {', '.join(names)}"
             raise DataError(
                 f"the model can't run a batch of inputs [{shapes}]{labels}: {type(error).__name__}: {error}. "
                 "Batches may be tensors, (inputs, labels) tuples or dicts of keyword arguments; for anything "

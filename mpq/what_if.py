@@ -14,7 +14,7 @@ from mpq.budget import Budget
 from mpq.config import BitConfig
 from mpq.errors import FormatError, GraphError
 from mpq.problem import Solution, Status
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.search import Solver
 from mpq.space import SearchSpace
 from mpq.units import show
