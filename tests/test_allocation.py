@@ -236,6 +236,7 @@ def test_batches_of_any_kind_give_the_same_answer():
         np.testing.assert_array_equal(loss, losses[0])
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(example, tmp_path):
     model, calib, _ = example
     configs = [
@@ -259,6 +260,7 @@ def test_same_seed_same_bytes(example, tmp_path):
     assert configs[0].provenance["seed"] == 5
 
 
+@pytest.mark.slow
 def test_accuracy_budget_is_measured(example, analysis):
     model, calib, test = example
     with pytest.raises(BudgetError, match="must be measured: pass eval_data"):
@@ -280,6 +282,7 @@ def test_accuracy_budget_is_measured(example, analysis):
         mpq.allocate(model, calib[:1], "accuracy_drop<=1%", eval_data=[x for x, _ in part], **options)
 
 
+@pytest.mark.slow
 def test_accuracy_budget_beside_one_that_needs_a_larger_size(example):
     """W5A8 is smaller, W6A2 has fewer BitOps: the second budget forces the larger size."""
     model, calib, test = example

@@ -190,6 +190,7 @@ def test_layers_called_by_keyword():
     assert torch.equal(mpq.quantize(net, cfg)(x), mpq.quantize(plain, twin)(x))
 
 
+@pytest.mark.slow
 def test_callers_in_inference_mode_no_grad_and_autocast(example):
     model, calib, _ = example
     data = [calib[0][0][:8]]
@@ -314,6 +315,9 @@ def test_labels_out_of_range_other_types_and_next_tokens():
             return SimpleNamespace(logits=self.table(input_ids))
 
     ids = torch.arange(6)[None].repeat(3, 1)
+    texts = {"input_ids": ids, "labels": torch.tensor([2, 0, 1])[: len(ids)]}  # one label for a whole text
+    whole = mpq.evaluate(Next(), [texts], forward=lambda m, b: m(b["input_ids"]).logits[:, -1], progress=False)
+    assert whole.accuracy is not None
     measured = mpq.evaluate(Next(), [{"input_ids": ids, "labels": ids.clone()}], progress=False)
     assert measured.accuracy == 1.0
 
@@ -369,12 +373,21 @@ def test_empty_weights_compiled_models_and_things_that_are_no_models(example):
     cfg = mpq.allocate(nn.Sequential(net[0]), torch.randn(4, 4), "avg_bits<=4", "W4", progress=False)
     assert list(cfg) == ["0"]
     assert [x.name for x in mpq.trace_model(nn.Sequential(compiled), torch.randn(2, 4))] == ["0._orig_mod"]
-    with pytest.raises(GraphError, match=r"must be a torch\.nn\.Module, not None"):
+    with pytest.raises(GraphError, match=r"must be a torch\.nn\.Module or an ONNX file, not a NoneType"):
         losses(None, torch.randn(4, 4))
+    with pytest.raises(GraphError, match="not a OrderedDict; a state dict holds weights only"):
+        losses(net.state_dict(), torch.randn(4, 4))
     with pytest.raises(ConfigError, match="takes a BitConfig"):
         mpq.quantize(example[0], "bits.json")
     with pytest.raises(DataError, match="must be an iterable of batches, not 3"):
         losses(net[0], 3)
+
+    class Images(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            return torch.randn(4)
+
+    with pytest.raises(DataError, match="a Dataset gives batches through a DataLoader"):
+        losses(net[0], Images())
     with pytest.raises(DataError, match="max_samples must be at least 1"):
         losses(example[0], example[1], max_samples=0)
 
@@ -401,3 +414,10 @@ def test_squared_error_is_measured_where_outputs_are_not_classes():
     # A linear network is its own tangent: the prediction differs by the random probes only.
     assert measured.mse == pytest.approx(cfg.predicted_loss, rel=1e-5)
     assert mpq.Evaluator(net, [x], progress=False).measure(cfg).mse == pytest.approx(measured.mse, rel=1e-6)
+
+
+def test_labels_that_do_not_fit_are_named():
+    model, x = nn.Linear(8, 4), torch.randn(6, 8)
+    with pytest.warns(UserWarning, match=r"no accuracy of these batches: labels of shape \(5,\) don't fit .* \(6, 4\)"):
+        found = mpq.evaluate(model, [(x, torch.zeros(5, dtype=torch.long))], progress=False)
+    assert found.accuracy is None

@@ -62,6 +62,7 @@ def test_greedy_path_ranks_every_choice_by_what_it_alone_loses():
     assert GreedyPath().solve(problem(14)).pick.tolist() == [1, 2, 0]
 
 
+@pytest.mark.slow
 def test_a_wide_beam_is_exact_and_a_narrow_one_is_not():
     rng = np.random.default_rng(0)
     made = Problem(rng.random((12, 4)), (Constraint("size", "", rng.random((12, 4)), 5.0),))

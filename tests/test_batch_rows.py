@@ -59,6 +59,7 @@ class Routed(nn.Module):
         return self.head(out)
 
 
+@pytest.mark.slow
 def test_routed_layers_keep_their_expected_loss():
     torch.manual_seed(0)
     routed = Routed(False).double()
@@ -82,6 +83,7 @@ def test_what_can_not_tell_samples_apart_is_refused_for_routed_layers():
 
 
 @pytest.mark.parametrize("positives", [(4, 3), (4, 2), (2, 4)])
+@pytest.mark.slow
 def test_routing_that_keeps_samples_apart_in_one_batch_only(positives):
     """The first batch may send every sample to the expert, so that its output looks like one row for each."""
     torch.manual_seed(0)
@@ -179,6 +181,7 @@ def test_callable_loss_is_the_empirical_fisher_of_autograd():
     assert found[0, 0] == pytest.approx(0.5 * np.square(slopes).mean(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_data_sets():
     """The stated standard error is the standard deviation of the estimate from data set to data set."""
     torch.manual_seed(0)

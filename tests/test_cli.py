@@ -27,7 +27,7 @@ def run(monkeypatch, capsys, *args):
 def test_help_names_every_command():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "allocate", "show", "compare", "devices"):
+    for command in ("demo", "allocate", "show", "report", "compare", "devices"):
         assert command in result.output
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
 
@@ -41,6 +41,33 @@ def test_show(saved):
     assert result.exit_code == 0
     assert "layer3.2.conv2" in result.output
     assert "interaction: optimal for avg_bits<=4" in result.output
+
+
+def test_report(saved, tmp_path):
+    result = runner.invoke(app, ["report", str(saved[1]), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 0
+    assert "layer3.2.conv2" in (tmp_path / "page.html").read_text().replace("<wbr>", "")
+
+
+def test_export_takes_the_exporters_options(saved, tmp_path, monkeypatch, capsys):
+    to = "export", saved[1], "--to", "compressed-tensors", "--out", tmp_path / "out"
+    code, _, told = run(monkeypatch, capsys, *to, "--option", "speed=9")
+    assert code == 2
+    assert "exporter 'compressed-tensors' has no option 'speed'; it takes" in " ".join(told.split())
+    code, _, told = run(monkeypatch, capsys, *to, "--option", "speed")
+    assert code == 2
+    assert "--option takes name=value, such as fold=false, not 'speed'" in " ".join(told.split())
+
+
+def test_trouble_with_files_is_one_line(saved, tmp_path, monkeypatch, capsys):
+    code, _, told = run(monkeypatch, capsys, "report", saved[1], "--out", tmp_path)
+    assert code == 2
+    assert "error: " in told
+    assert "Traceback" not in told
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    code, _, told = run(monkeypatch, capsys, "compare", saved[1], tmp_path / "deep.json", "--exit-code")
+    assert code == 2
+    assert "deep.json is not JSON" in " ".join(told.split())
 
 
 def test_compare(saved):
@@ -95,7 +122,7 @@ def test_allocate_writes_bits_and_report(tmp_path):
     data = json.loads(out.read_text())
     assert data["layers"]["fc"]["scheme"] == "W8A8"
     assert data["metrics"]["avg_bits"]["value"] <= 4
-    assert "<svg" in report.read_text()
+    assert 'id="heat"' in report.read_text()  # it has the analysis
 
 
 def test_allocate_from_files(tmp_path):
@@ -142,6 +169,9 @@ EXAMPLE = ["allocate", "mpq.bundled:resnet20", "--calib", "mpq.bundled:calibrati
         ([*EXAMPLE, "size<=25%", "--pin", "fc"], 2, "--pin takes layer=scheme"),
         ([*EXAMPLE, "size<=25%", "--calib", "absent.npz"], 2, "can't be read as an npz"),
         ([*EXAMPLE, "size<=25%", "--out", "no/where/bits.json"], 2, "there is no folder"),
+        ([*EXAMPLE, "size<=25%", "--out", "."], 2, ". can't be written: it is a folder"),
+        (["show", "."], 2, "error: . can't be read"),
+        (["report", "absent.json"], 2, "error: absent.json can't be read"),
         (["nonsense"], 2, "No such command"),
     ],
 )

@@ -97,6 +97,7 @@ def test_real_network_is_predicted_well(on_resnet):
     assert by_name["one draw"]["forward_passes"] < by_name["influence"]["forward_passes"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_comparison_whatever_the_estimators(tiny, found):
     def without_time(comparison):
         data = json.loads(comparison.to_json())
@@ -112,6 +113,7 @@ def test_same_seed_same_comparison_whatever_the_estimators(tiny, found):
     assert quick(tiny, seed=1).picks.tolist() != found.picks.tolist()
 
 
+@pytest.mark.slow
 def test_interval_covers_the_true_correlation_as_often_as_it_says():
     rng = np.random.default_rng(0)
     true = 6 / math.pi * math.asin(0.8 / 2)  # Spearman's of a bivariate normal with correlation 0.8
@@ -191,6 +193,7 @@ def test_picks_respect_pins_and_spread_over_schemes():
     assert (np.bincount(picks[:, 1], minlength=4) >= 5).all()
 
 
+@pytest.mark.slow
 def test_unfilled_range_is_said(tiny):
     with pytest.warns(UserWarning, match=r"only \d+ of 10 configs found .* those tried reached"):
         found = quick(tiny, loss_range=(1e-4, 1e9), estimators=("influence",))
@@ -250,6 +253,7 @@ def broken(view, space, data, bank, loss, *, seed=0, progress=True):
     return table
 
 
+@pytest.mark.slow
 def test_configs_are_the_same_whichever_estimator_comes_first(tiny):
     with pytest.warns(UserWarning, match="1 of 3 groups"):
         one, other = (quick(tiny, estimators=e) for e in ({"b": broken, "x": by_bits}, {"x": by_bits, "b": broken}))
@@ -273,3 +277,15 @@ def test_panels_beyond_a_row_and_predictions_that_no_log_axis_shows():
         figure.canvas.draw()
     assert len(figure.axes) == 5
     assert "1 of 3 predicted at or below 0" in figure.axes[4].get_title(loc="left")
+
+
+def test_few_configs_have_no_interval():
+    measured = np.arange(1.0, 13.0)
+    assert math.isnan(bootstrap(measured[:9], {"same": measured[:9]}, 0.95, 0)["same"][0])
+    assert bootstrap(measured, {"same": measured}, 0.95, 0)["same"] == pytest.approx((1, 1))
+
+
+def test_one_scheme_is_refused_before_long_work():
+    net = torch.nn.Linear(4, 3)
+    with pytest.raises(MpqError, match="two schemes or more, not only W8A8"):
+        compare(net, torch.randn(8, 4), torch.randn(8, 4), "W8A8", progress=False)

@@ -140,10 +140,31 @@ def test_is_a_mapping_with_readable_reprs(cfg):
 
 
 def test_export_flat_json(cfg, tmp_path):
-    path = mpq.export(cfg, "json", tmp_path / "flat.json")
+    path = mpq.export(cfg, "json", tmp_path / "flat.json").path
     data = json.loads(path.read_text())
     assert data["fc"] == {"weight": cfg["fc"].weight.name, "activation": "int8:tensor:asym"}
     with pytest.raises(mpq.MpqError, match="unknown exporter 'nope'; known: json"):
         mpq.export(cfg, "nope", path)
-    with pytest.raises(TypeError, match="takes no options"):
+    with pytest.raises(mpq.MpqError, match="exporter 'json' has no option 'colour'; it takes none"):
         mpq.export(cfg, "json", path, colour="red")
+
+
+def test_a_failed_write_leaves_what_was_there(analysis, tmp_path, monkeypatch):
+    config = analysis.allocate("avg_bits<=4")
+    path = config.save(tmp_path / "bits.json")
+    before = path.read_bytes()
+    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        analysis.allocate("avg_bits<=3").save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_devices_are_written_to(analysis, tmp_path):
+    config = analysis.allocate("avg_bits<=4")
+    (tmp_path / "real.json").write_text("")
+    (tmp_path / "link.json").symlink_to("real.json")
+    config.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert mpq.load(tmp_path / "real.json").schemes() == config.schemes()
+    assert config.save("/dev/null").is_char_device()

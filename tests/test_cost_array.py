@@ -12,7 +12,7 @@ from mpq.cost_models.devices import Memory, Setting
 from mpq.cost_models.latency import layer_times
 from mpq.cost_models.workload import make_workload
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.quantizers import Scheme, parse_schemes
 
 ARRAYS = ("haq-cloud", "bismo-pynq-z1", "bismo-ultra96", "bitfusion", "eyeriss")
 BITS = (2, 4, 8)

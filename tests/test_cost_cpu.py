@@ -15,7 +15,7 @@ from mpq.cost_models.roofline import Shapes
 from mpq.cost_models.workload import make_workload
 from mpq.errors import FormatError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 
 PROFILES = [d for d in all_devices().values() if d.kind in ("cpu", "dsp")]
 W8A8 = Scheme.parse("W8A8")

@@ -21,7 +21,7 @@ from mpq.cost_models.latency import latency
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import Scheme, parse_schemes
+from mpq.quantizers import Scheme, parse_schemes
 from mpq.space import make_space
 from mpq.trace import trace_model
 from mpq.units import si

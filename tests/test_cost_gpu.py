@@ -22,7 +22,7 @@ from mpq.cost_models.memory import resident_bytes
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, GraphError
 from mpq.layers import LayerGraph, LayerSpec
-from mpq.quantizers.formats import NumberFormat, Scheme
+from mpq.quantizers import NumberFormat, Scheme
 from mpq.space import make_space
 
 GPUS = [name for name, device in all_devices().items() if device.kind == "gpu"]

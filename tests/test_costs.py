@@ -1,4 +1,5 @@
 import math
+import time
 
 import numpy as np
 import pytest
@@ -8,8 +9,13 @@ from torch import nn
 import mpq
 from mpq.cost_models import COST_MODELS, all_devices, find_device
 from mpq.cost_models.devices import Setting
+from mpq.cost_models.latency import layer_times
+from mpq.cost_models.roofline import Shapes
+from mpq.cost_models.size import size
 from mpq.cost_models.workload import make_workload
 from mpq.errors import FormatError
+from mpq.layers import LayerSpec
+from mpq.quantizers import Scheme, parse_schemes
 from mpq.testing import CostContract
 from mpq.trace import trace_model
 
@@ -118,3 +124,60 @@ def test_flattened_tokens_are_tokens(setting, tokens):
     np.testing.assert_allclose(work.rows, rows)
     np.testing.assert_allclose(work.inputs, rows * [8, 6, 6, 5])
     np.testing.assert_allclose(work.outputs, rows * [6, 5, 5, 2])
+
+
+FORMATS = "W4A8,W4:g32A8:token,Wnf4:g64Afp8_e4m3,Wmxfp4Amxfp8_e4m3,Wternary,Wbfp4A8:g32,Wnvfp4,Wpow2_4A8,W8:b4x8A16"
+
+
+@pytest.fixture(scope="module")
+def formats():
+    net = nn.Sequential(nn.Linear(24, 10), nn.Linear(10, 5, bias=False))
+    return mpq.analyze(net, torch.randn(4, 24), FORMATS, progress=False).space
+
+
+def test_scales_that_are_found_at_run_time_are_not_stored(formats):
+    stored = {"W4A8": 5, "Wnf4:g64Afp8_e4m3": 4, "Wpow2_4A8": 5}
+    found = size(formats).cost
+    for s, scheme in enumerate(formats.schemes):
+        for g, shape in enumerate([(10, 24), (5, 10)]):
+            weight = math.ceil(scheme.weight.storage_bits(shape) / 8)
+            assert found[g, s] == weight + stored.get(str(scheme), 0), scheme
+
+
+def test_devices_hold_what_the_formats_store():
+    layers = [_linear(64, 48, i % 3) for i in range(9)]
+    work = make_workload(layers)
+    for fmt in {s.weight for s in parse_schemes(FORMATS)}:
+        bits = [fmt.storage_bits(x.rows_shape) for x in layers]
+        assert work.storage_bits(fmt).tolist() == bits
+        assert (8 * Shapes(work).stored_bytes(fmt)).tolist() == bits
+
+
+def _linear(depth, columns, more=0):
+    shape = columns + more, depth
+    return LayerSpec("a", "linear", shape, shape, (depth,), shape[:1], math.prod(shape), math.prod(shape), 1, 0, 0)
+
+
+@pytest.mark.parametrize("device", ["h100", "l4", "rtx4090", "a100"])
+def test_gpus_run_floats_of_few_bits(device):
+    device = find_device(f"{device}:decode")
+    names = ["W16A16", "Wnf4:g64A16", "Wfp4_bnb:g64A16", "Wmxfp4A16", "Wnvfp4Abf16"]
+    if device.name != "a100":
+        names.append("Wfp8_e4m3Afp8_e4m3:token")
+    else:
+        assert not device.supports(Scheme.parse("Wfp8_e4m3Afp8_e4m3"))
+    schemes = [Scheme.parse(n) for n in names]
+    assert all(device.supports(s) for s in schemes)
+    total = layer_times(make_workload([_linear(8192, 8192)], device.setting), schemes, device).total[0]
+    assert (total[1:] < total[0]).all()  # one token waits for its weights
+    absent = ["Wnf4Aint8", "Wpow2_4A16", "Wternary", "W4:bipolarA16", "Wfp6_e3m2A16", "Wmxfp4Amxfp4"]
+    assert not any(device.supports(Scheme.parse(n)) for n in absent)
+
+
+def test_ten_thousand_layers_by_twenty_formats_are_quick():
+    schemes = [Scheme.parse(f"W{w}:g{g}A{a}") for w in (2, 3, 4, 5, 8) for g in (32, 128) for a in ("8", "8:token")]
+    work = make_workload([_linear(64, 48, i % 500) for i in range(10_000)])
+    start = time.perf_counter()
+    for scheme in schemes:
+        Shapes(work).stored_bytes(scheme.weight)
+    assert time.perf_counter() - start < 1

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from importlib import resources
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,15 @@ from torch import nn
 import mpq
 from mpq.cost_models import COST_MODELS, default_costs, find_device
 from mpq.cost_models.energy import layer_energy
+from mpq.cost_models.latency import latency
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError, UnreachableError
+from mpq.layers import LayerGraph, LayerSpec, Outside
 from mpq.problem import Status
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.search import Ilp
 from mpq.sensitivity import SensitivityTable
+from mpq.space import make_space
 from mpq.testing import tiny_network
 
 SCHEMES = "W4A4,W8A8"
@@ -372,3 +376,33 @@ def test_profiles_with_nan_are_no_json(tmp_path):
     path.write_text('{"schema": "mpq/device-1", "name": "mine", "kernels": NaN}')
     with pytest.raises(FormatError, match="NaN is no number"):
         find_device(str(path))
+
+
+def test_products_outside_the_layers_grow_with_the_square_of_the_tokens():
+    layers = [LayerSpec("fc", "linear", (64, 64), (64, 64), (16, 64), (16, 64), 16 * 64 * 64, 64 * 64, 1, 0, 0)]
+    attention = Outside("scores", 0, 0, 16 * 16 * 64, "a product of two activations")
+    flow = nx.DiGraph()
+    flow.add_node("fc")
+    graph = LayerGraph(tuple(layers), (attention,), flow, "hooks", 16 * 64 * 64 + attention.macs)
+
+    def outside(tokens):
+        space = make_space(graph, "W8A8", device=find_device(f"x86_vnni:tokens={tokens}"))
+        cost = latency(space)
+        return cost.constant, cost.notes
+
+    plain, noted = outside(16)
+    grown, said = outside(16 * 64)
+    assert any(f"{attention.macs:,} multiply-accumulates outside" in n for n in noted)
+    assert any(f"{attention.macs * 64**2:,} multiply-accumulates outside" in n for n in said)
+    assert grown > 64 * 16 * plain  # each product is quicker in a larger kernel, but there are 4,096 times as many
+
+
+@pytest.mark.parametrize("device", ["t4:batch=2:batch=3", "t4:decode:prefill", "t4:batch=٣", 7, None])
+def test_devices_that_are_none(device):
+    with pytest.raises(FormatError):
+        find_device(device)
+
+
+def test_names_of_devices_are_found_whatever_their_case():
+    with pytest.raises(FormatError, match="did you mean 'a100'"):
+        find_device("A100")

@@ -27,7 +27,7 @@ from mpq.cost_models.operations import (
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import NumberFormat, Scheme, parse_schemes
+from mpq.quantizers import NumberFormat, Scheme, formats, parse_schemes
 from mpq.testing import CostContract
 
 
@@ -89,6 +89,29 @@ def test_products_by_closed_form():
     assert multiply(Number("ternary", 2), INT8) == multiply(Number("binary", 1), INT8) == 0
     assert multiply(Number("mx", 4, 2, 1), Number("mx", 4, 2, 1)) == float_multiply(2, 1) + int_add(8) / 32
     assert multiply(Number("codebook", 4), FP16) == float_multiply(5, 10)
+
+
+def test_products_of_stored_formats():
+    half = float_multiply(5, 10)
+    for name in ("nf4", "fp4_bnb", "kmeans_3", "nupes_4"):  # levels are looked up as fp16, whatever they meet
+        fmt = NumberFormat.parse(name)
+        assert multiply(fmt, INT8) == multiply(fmt, FP16) == multiply(INT8, fmt) == half
+        assert accumulate(fmt, INT8, 64) == float_add(32)
+    assert multiply(NumberFormat.parse("nvfp4"), NumberFormat.parse("nvfp4")) == (
+        float_multiply(2, 1) + float_multiply(4, 3) / 16
+    )
+    assert multiply(NumberFormat.parse("mxint8"), NumberFormat.parse("mxint8")) == int_multiply(8) + int_add(8) / 32
+    assert multiply(NumberFormat.parse("post_4"), INT8) == shift(8, 4)
+    assert multiply(INT8, NumberFormat.parse("log2_4:tensor")) == shift(8, 16)  # softmax outputs shift the values
+    assert multiply(NumberFormat.parse("pvq_2"), INT8) == int_multiply(8)
+    with pytest.raises(BudgetError, match="no energy for products of 'posit'"):
+        multiply(INT8, Number("posit", 8))
+    with pytest.raises(BudgetError, match="no energy for products of 'posit'"):
+        accumulate(Number("posit", 8), INT8, 8)
+
+
+def test_every_family_has_an_energy():
+    assert set(formats._BASE_NAMES) <= set(PRODUCTS)
 
 
 def test_l_mul_saves_what_its_paper_says():

@@ -97,6 +97,7 @@ def test_dead_process_ends_the_search_with_what_was_measured(tmp_path):
     same(found, run(search))
 
 
+@pytest.mark.slow
 def test_dask_worker_is_killed(tmp_path):
     """Dask gives the lost measurement to another worker: same bytes, nothing lost."""
     distributed = pytest.importorskip("distributed", reason="needs dask.distributed: pip install 'mpq[dask]'")

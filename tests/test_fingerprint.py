@@ -71,6 +71,16 @@ def test_what_has_no_content_is_named(wrap):
     assert fingerprint(wrap(i for i in [1]))[1] == "generator"
 
 
+def test_recurrent_layers_keep_references_to_their_weights():
+    def made(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(2, 2), nn.GRU(2, 3))
+
+    assert fingerprint(made(0)) == fingerprint(made(0))
+    assert fingerprint(made(0)) != fingerprint(made(1))
+    assert not fingerprint(made(0))[1]
+
+
 SOURCES = {
     "code": ("def f(x):\n return torch.tanh(x)", "def f(x):\n return torch.relu(x)"),
     "constants": ("f = lambda x: x * 2", "f = lambda x: x * 3"),
@@ -153,6 +163,7 @@ print([fingerprint(v) for v in examples()])
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same():
     """Where text hashes otherwise, so that sets have another order."""
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]

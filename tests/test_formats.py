@@ -48,7 +48,7 @@ def test_scheme_grammar(text, weight, activation):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4", "W", "A8", "W0", "W17", "W4A", "w4a8", "W4:g0", "W4:blue", "W4A8:g32", "Wnf5"]
+    "text", ["", "4", "W", "A8", "W0", "W17", "W4A", "w4a8", "W4:g0", "W4:blue", "W4A8:b2x2", "Wnf5"]
 )
 def test_bad_schemes_are_refused(text):
     with pytest.raises(FormatError):
@@ -56,8 +56,8 @@ def test_bad_schemes_are_refused(text):
 
 
 def test_unknown_format_lists_the_known():
-    with pytest.raises(FormatError, match=r"unknown number format 'nf4'.*int1 to int16"):
-        NumberFormat.parse("nf4")
+    with pytest.raises(FormatError, match=r"unknown number format 'nf5'.*int1 to int16"):
+        NumberFormat.parse("nf5")
 
 
 def test_parse_schemes_drops_duplicates_and_refuses_none():

@@ -171,6 +171,7 @@ def test_hypervolume_equals_the_share_of_cells(seed):
     assert hypervolume(points, np.array([10, 10])) == dominated.sum()
 
 
+@pytest.mark.slow
 def test_interaction_frontier_is_nearly_the_true_one():
     """Never above the frontier without interactions; on it, or close, at every cost."""
     close = []
@@ -193,6 +194,17 @@ def test_interaction_frontier_is_nearly_the_true_one():
         np.testing.assert_array_equal(again.picks, found.picks)
     assert np.median(close) < 1.001
     assert np.mean(close) < 1.03
+
+
+def test_no_point_of_it_is_bettered_by_another_scheme_of_one_layer(analysis):
+    front, cost = analysis.pareto(), analysis.cost("size").rows[..., 0]
+    assert len(front.picks) > 100  # more than the limits that are searched
+    groups = np.arange(len(cost))
+    for pick, loss in zip(front.picks, front.loss, strict=True):
+        others = np.repeat(pick[None], cost.size, 0)
+        others[np.arange(cost.size), np.repeat(groups, cost.shape[1])] = np.tile(np.arange(cost.shape[1]), len(cost))
+        no_dearer = cost[groups, others].sum(1) <= cost[groups, pick].sum()
+        assert (analysis.table.predict_all(others[no_dearer]) >= loss - 1e-9).all()
 
 
 def test_interaction_frontier_at_a_limit_is_what_the_solver_finds():

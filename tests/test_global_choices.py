@@ -115,6 +115,7 @@ def test_says_what_is_out_of_reach(tiny):
         choices.search(bits_lost, "avg_bits<=1", progress=False)
 
 
+@pytest.mark.slow
 def test_on_the_bundled_network():
     """Quantune with the real evaluator: clipping at 1 % of the inputs is found to be wrong, in seven evaluations."""
     model, calib, test = load_example()

@@ -184,7 +184,7 @@ def test_repr_names_layers_coverage_and_what_is_outside():
     text = repr(mpq.trace_model(Tied(), torch.randint(0, 11, (2, 5))))
     assert "3 layers, 102 of 114 parameters (89.5%)" in text
     assert "x2" in text
-    assert "outside: 6 parameters in (model): Tied is not quantizable" in text
+    assert "outside: 6 parameters in (model): scale of Tied is not quantizable" in text
 
 
 def test_match_suggests_near_names(analysis):

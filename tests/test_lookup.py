@@ -14,7 +14,7 @@ from mpq.cost_models.latency import latency, layer_times
 from mpq.cost_models.workload import make_workload
 from mpq.errors import BudgetError, FormatError
 from mpq.layers import LayerSpec
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 REFERENCE = Path(os.environ.get("MPQ_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "reference"
 W8A8, W4A8 = Scheme.parse("W8A8"), Scheme.parse("W4A8")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mpq
 from mpq.calibration import Batch
 from mpq.errors import DataError, MpqError
 from mpq.losses import KLLoss, MSELoss, resolve_loss
@@ -141,3 +142,17 @@ def test_language_models_are_scored_on_the_next_token():
     losses, weights = label_losses(logits, Batch((), {"input_ids": ids}, 2, labels, None), KLLoss())
     expected = [F.cross_entropy(logits[i, :-1], labels[i, 1:]).item() for i in range(2)]
     torch.testing.assert_close((losses * weights).sum(1).tolist(), expected)
+
+
+@pytest.mark.parametrize("estimator", ["influence", "hessian_trace"])
+def test_a_loss_without_gradient_is_refused_by_what_it_is(estimator):
+    net = torch.nn.Linear(4, 3)
+    with pytest.raises(MpqError, match="no gradient leads from the loss"):
+        mpq.analyze(
+            net,
+            torch.randn(8, 4),
+            "W2,W4",
+            estimator=estimator,
+            loss=lambda output, batch: output.detach().sum(1),
+            progress=False,
+        )

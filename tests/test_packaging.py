@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mpq
 
@@ -28,6 +29,19 @@ def test_links_point_to_the_top_level_folders(name):
     assert (ROOT / "mpq" / name).is_symlink()
     assert (ROOT / "mpq" / name).readlink() == Path(f"../{name}")
     assert not [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"]  # flat
+
+
+@checkout
+def test_exporters_are_verified_with_versions_that_their_extras_admit():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = [Requirement(r) for name, rs in extras.items() if name.startswith("export-") for r in rs]
+    lines = (ROOT / ".ci" / "pins.txt").read_text().splitlines()
+    pins = {r.name: next(iter(r.specifier)).version for r in map(Requirement, lines[1:])}
+    for name in pins:
+        assert any(r.name == name for r in asked), name
+    for r in asked:
+        assert any(s.operator == "<" for s in r.specifier) or r.name == "requests", r
+        assert r.name not in pins or r.specifier.contains(pins[r.name]), r
 
 
 def imported(module_file):
@@ -77,6 +91,7 @@ def test_every_public_name_exists():
         _ = mpq.nonsense
 
 
+@pytest.mark.slow
 def test_functions_stay_functions_after_their_modules_are_imported():
     code = (
         "import mpq, mpq.allocation, mpq.evaluation, mpq.export, mpq.cli; "

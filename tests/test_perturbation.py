@@ -133,7 +133,7 @@ def on_grid(bits, count=64):
     """Weights that a symmetric integer format of these bits holds exactly, with all its levels."""
     top = 2 ** (bits - 1) - 1
     levels = torch.arange(-top, top + 1, dtype=torch.float64)
-    return levels.repeat(count // len(levels) + 1)[:count][None] / top
+    return levels.repeat(count // len(levels) + 1)[:count][None] / (top + 1)  # a scale that float32 holds
 
 
 def test_smallest_precision_keeps_the_distribution():

@@ -33,6 +33,7 @@ def stopped(seeds, terms, draw, tolerance, probes=4096):
 
 
 @pytest.mark.parametrize("terms", [1, 40])
+@pytest.mark.slow
 def test_the_stop_hardly_biases_skewed_estimates(terms):
     """Squares of normal numbers, as one dominant direction of a Hessian gives: the worst case for a stop."""
     mean, stderr, probes = stopped(400, terms, lambda x: x.square() / terms, 0.1)

@@ -29,7 +29,7 @@ from mpq.cost_models.workload import make_workload
 from mpq.errors import DataError, FormatError, GraphError
 from mpq.layers import LayerSpec
 from mpq.profile_cli import profile
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 
 def linear(out, depth, tokens=1):
@@ -69,6 +69,7 @@ def made_up(scheme):
     return [Measurement(x, scheme, float(t)) for x, t in zip(LAYERS, times, strict=True) if measurable(x, scheme)]
 
 
+@pytest.mark.slow
 def test_a_fit_finds_a_device_again(tmp_path):
     measured = made_up("W32") + made_up("W8A8") + made_up("W4:g32")
     path = tmp_path / "m.json"

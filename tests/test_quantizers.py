@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mpq import NumberFormat
 from mpq.errors import DataError, FormatError
 from mpq.quantizers import ActivationObserver, dequantize, fake_quantize, fake_quantize_static, find_range, quantize
-from mpq.quantizers.integer import from_blocks, to_blocks
-from mpq.quantizers.ranges import scale_and_zero
+from mpq.quantizers.blocks import from_blocks, to_blocks
+from mpq.quantizers.scales import scale_and_zero
 
 formats = st.builds(
     NumberFormat,

