@@ -27,7 +27,7 @@ from mpq.cost_models.operations import float_add, float_multiply, int_add, int_m
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 SHARED = Path(os.environ.get("MPQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 BITS = range(1, 9)

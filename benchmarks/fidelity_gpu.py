@@ -16,7 +16,7 @@ from mpq.cost_models.latency import layer_times
 from mpq.cost_models.workload import make_workload
 from mpq.layers import LayerGraph
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 from mpq.space import make_space
 
 NETWORKS = ("resnet18", "resnet50")

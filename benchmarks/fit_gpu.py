@@ -26,7 +26,7 @@ from mpq.cost_models.gpu import layer_times, levels
 from mpq.cost_models.workload import Workload, make_workload
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 BATCH = 8
 SCHEMES = (Scheme.parse("W4A4"), Scheme.parse("W8A8"))

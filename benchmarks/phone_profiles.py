@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 from mpq.cost_models.devices import Device, find_device
 from mpq.cost_models.latency import layer_times
 from mpq.cost_models.workload import Workload, make_workload
-from mpq.quantizers.formats import Scheme
+from mpq.quantizers import Scheme
 
 REFERENCE = SHARED / "reference"
 PROFILES = Path(__file__).parents[1] / "cost_models"

@@ -125,10 +125,11 @@ def allocation(model: str, chosen: dict[str, Any]) -> dict[str, dict[str, dict[s
             measured = evaluator.measure(analysis.allocate(f"avg_bits<={average}"))
             loss = measured.kl if measured.kl is not None else (measured.mse or 0.0) / unit(model)
             found[str(average)][label] = {"loss": loss, "accuracy": measured.accuracy}
+        print(model, label, *(f"{found[str(a)][label]['loss']:.4f}" for a in AVERAGES), flush=True)
     return found
 
 
-def table_range(blocks: torch.Tensor, fmt: Any, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+def table_range(blocks: torch.Tensor, fmt: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip range with the least squared error among 50 shares, 0.3 to 1, of the largest absolute value.
 
     The table's README says no more than "MSE-optimal clip". The losses of its configs change by a tenth with the grid
@@ -166,7 +167,7 @@ def tabular(samples: int) -> dict[str, float]:
         "default": ("anchored", {"anchor_samples": 512}),
         "second order": ("influence", {}),
     }.items():
-        with mock.patch("mpq.quantizers.integer.find_range", table_range):
+        with mock.patch("mpq.quantizers.kernels.find_range", table_range):
             table = mpq.analyze(
                 net.eval(),
                 calib,
