@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint notebook clean
+.PHONY: demo test test-slow test-exports lint notebook docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpq demo
@@ -14,6 +14,10 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+# Each exporter with its real tool, in a virtual environment of its own; TOOLS="mlx torchao" runs some.
+test-exports: $(VENV)/.test
+	.ci/test-exports $(TOOLS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,6 +26,10 @@ lint: $(VENV)/.test
 # Run the notebooks in place, so that its stored output is real.
 notebook: $(VENV)/.test
 	$(BIN)/python -m jupyter execute --inplace --timeout=600 notebooks/*.ipynb
+
+# The documentation into site/, warnings as errors. Its code blocks are run by the slow tests.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +43,9 @@ $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@ $(VENV)/.demo
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) .venv-exports build dist site *.egg-info demo
