@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mpq.errors import BudgetError
@@ -113,8 +113,9 @@ def parse_budgets(budgets: str | Budget | Iterable[str | Budget]) -> tuple[Budge
     Raises:
         BudgetError: If there is none, one does not parse, or two limit the same metric.
     """
-    if not isinstance(budgets, str | Budget | Iterable):
-        raise BudgetError(f"{budgets!r} is not a budget; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
+    if isinstance(budgets, Mapping) or not isinstance(budgets, str | Budget | Iterable):
+        given = type(budgets).__name__ if isinstance(budgets, Mapping) else repr(budgets)
+        raise BudgetError(f"{given} is not a budget; write metric<=limit, such as 'size<=25%' or 'avg_bits<=4'")
     parts = budgets.split(",") if isinstance(budgets, str) else [budgets] if isinstance(budgets, Budget) else budgets
     parsed = tuple(b if isinstance(b, Budget) else Budget.parse(b) for b in parts)
     if not parsed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ def plain(model: Network) -> nn.Module:
     if not isinstance(model, nn.Module):
         hint = "; a state dict holds weights only, load it into the model" if isinstance(model, Mapping) else ""  # type: ignore[unreachable]
         raise GraphError(f"the model must be a torch.nn.Module or an ONNX file, not a {type(model).__name__}{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GraphError("a TorchScript module has no layers to replace; pass the module that it was made from")
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -111,6 +114,8 @@ class ModelView:
                 f"MultiheadAttention with plain weights); it holds {', '.join(kinds[:8])}"
             )
         for name in self.layers:
+            if self.weight(name).is_meta:
+                raise GraphError(f"the weight of layer {name!r} is on the meta device, without values; load it first")
             if not torch.isfinite(self.weight(name)).all():
                 raise GraphError(f"the weight of layer {name!r} holds NaN or infinity")
         self.device = next(p.device for p in self.module.parameters())
@@ -225,6 +230,10 @@ def share_weights(model: nn.Module) -> nn.Module:
 @contextmanager
 def preserved_state(seed: int) -> Iterator[None]:
     """Own random state (seeded), grad mode and precision: neither what runs inside nor the caller's modes leak."""
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise MpqError(f"seed must be a whole number, not {seed!r}") from None
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     with (
         torch.random.fork_rng(),  # of the CPU and of every accelerator in use

@@ -348,11 +348,14 @@ def test_nothing_long_runs_before_the_errors(example):
         ({"budget": "avg_bits<=1"}, "can't be met"),
         ({"budget": "avg_bits<=4", "solver": "magic"}, "unknown solver"),
         ({"budget": 4}, "is not a budget"),
+        ({"budget": {"avg_bits": 4}}, "dict is not a budget"),
+        ({"budget": "avg_bits<=4", "schemes": ["W4", 3]}, "3 is no scheme"),
+        ({"budget": "avg_bits<=4", "seed": 1.5}, "seed must be a whole number, not 1.5"),
         ({"budget": "accuracy_drop<=1%", "eval_data": [x for x, _ in test[:1]]}, "accuracy can't be measured"),
     ]
     for options, match in cases:
         with pytest.raises(mpq.MpqError, match=match):
-            mpq.allocate(model, calib, schemes="W2,W4", estimator=estimator, progress=False, **options)
+            mpq.allocate(model, calib, **{"schemes": "W2,W4", **options}, estimator=estimator, progress=False)
     assert not calls
 
 
@@ -377,6 +380,10 @@ def test_empty_weights_compiled_models_and_things_that_are_no_models(example):
         losses(None, torch.randn(4, 4))
     with pytest.raises(GraphError, match="not a OrderedDict; a state dict holds weights only"):
         losses(net.state_dict(), torch.randn(4, 4))
+    with pytest.raises(GraphError, match="TorchScript module has no layers to replace"):
+        losses(torch.jit.trace(net[0], torch.randn(2, 4)), torch.randn(4, 4))
+    with pytest.raises(GraphError, match="layer '0' is on the meta device"):
+        losses(nn.Sequential(nn.Linear(4, 3, device="meta")), torch.randn(4, 4))
     with pytest.raises(ConfigError, match="takes a BitConfig"):
         mpq.quantize(example[0], "bits.json")
     with pytest.raises(DataError, match="must be an iterable of batches, not 3"):

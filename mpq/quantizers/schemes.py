@@ -130,6 +130,9 @@ def parse_schemes(schemes: str | Iterable[str | Scheme]) -> tuple[Scheme, ...]:
         FormatError: If there is no scheme, or one does not parse.
     """
     parts = schemes.split(",") if isinstance(schemes, str) else list(schemes)
+    unknown = next((p for p in parts if not isinstance(p, str | Scheme)), None)
+    if unknown is not None:
+        raise FormatError(f"{unknown!r} is no scheme; write its name, such as 'W4A8'")
     found = dict.fromkeys(p if isinstance(p, Scheme) else Scheme.parse(p) for p in parts if p != "")
     if not found:
         raise FormatError("no schemes given; name at least one, such as 'W4A8,W8A8'")
