@@ -168,6 +168,8 @@ def compare(
             table.add_row(escape(name), left.get(name, "-"), right.get(name, "-"))
         console.print(table)
     console.print(f"{len(different)} of {len(names)} layers differ", highlight=False)
+    if left and right and not left.keys() & right.keys():
+        console.print("the configs have no layer in common: they are of different models", highlight=False)
     if different and exit_code:
         raise typer.Exit(1)
 

@@ -241,7 +241,7 @@ class BitConfig(Mapping[str, LayerChoice]):
         if verify and data["checksum"] != _checksum({k: v for k, v in data.items() if k != "checksum"}):
             raise ConfigError(
                 f"{origin} was changed after mpq wrote it (its checksum differs), so that its figures may not hold; "
-                "pass verify=False to load it all the same"
+                "mpq.load(path, verify=False) loads it all the same"
             )
         measured = None if data["measured"] is None else Measured(**data["measured"])
         return cls(

@@ -77,8 +77,10 @@ def load_onnx(path: str | os.PathLike[str]) -> fx.GraphModule:
 
     try:
         proto = onnx.load(os.fspath(path))
-        version = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-        if version < _OLDEST:
+        versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+        if not versions:
+            raise ValueError("it is empty or names no version of ONNX's operators")
+        if versions[0] < _OLDEST:
             proto = onnx.version_converter.convert_version(proto, _CONVERTED)
     except Exception as error:
         raise GraphError(f"{path} can't be read as an ONNX model: {type(error).__name__}: {error}") from None

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import mpq
@@ -78,6 +80,14 @@ def test_compare(saved):
     assert different.exit_code == 1
     assert "avg_bits" in different.output
     assert runner.invoke(app, ["compare", *map(str, saved)]).exit_code == 0
+
+
+def test_compare_says_that_models_differ(saved, tmp_path):
+    other = mpq.allocate(nn.Sequential(nn.Linear(4, 3)), torch.randn(4, 4), "avg_bits<=4", "W4", progress=False)
+    other.save(tmp_path / "other.json")
+    output = runner.invoke(app, ["compare", str(saved[0]), str(tmp_path / "other.json")]).output
+    assert "23 of 23 layers differ" in output
+    assert "no layer in common" in output
 
 
 def test_devices():
