@@ -1,4 +1,4 @@
-"""What tests of files for onnxruntime share: a small transformer, sessions and what `mpq.quantize` computes."""
+"""What tests of ONNX files share: a small transformer, files of a few nodes, sessions of onnxruntime."""
 
 from __future__ import annotations
 
@@ -57,3 +57,16 @@ def run(path, x, level="all", **entries):
 def reference(model, config, x):
     with torch.no_grad():
         return mpq.quantize(model, config)(x).numpy()
+
+
+def small(nodes, path, outputs=("y",), opset=17, initializers=(), input_name="x", shape=("n", 4)):
+    """Writes a file of a few nodes that reads one input of floats."""
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info(input_name, onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_empty_tensor_value_info(o) for o in outputs],
+        [onnx.numpy_helper.from_array(v, n) for n, v in initializers],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8), path)
+    return path
