@@ -1,16 +1,14 @@
 """Files of MatMulNBits that onnxruntime runs, against `mpq.quantize`; and what holds for both kinds of ONNX files."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
 from onnx_files import reference, run, session, tiny_transformer
 from torch import nn
 
 import mpq
 from mpq.errors import ConfigError, ExportError
-from mpq.quantizers import Scheme
 
 onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
 
@@ -18,11 +16,6 @@ onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_transformer()
-
-
-def with_scheme(config, name, scheme):
-    changed = replace(config[name], scheme=Scheme.parse(scheme))
-    return replace(config, layers={**config.layers, name: changed})
 
 
 def nbits(path):

@@ -1,16 +1,14 @@
 """Files of QuantizeLinear and DequantizeLinear that onnxruntime runs, against `mpq.quantize`."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
 from onnx_files import LEVELS, reference, run, session, tiny_transformer
 from torch import nn
 
 import mpq
 from mpq.errors import ExportError
-from mpq.quantizers import Scheme
 from mpq.quantizers.scales import scale_and_zero
 
 onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
@@ -294,14 +292,9 @@ def test_tied_weights_are_stored_once_and_other_names_stay(mixed, tmp_path):
     names = {t.name for t in onnx.load(path).graph.initializer}
     assert {"1.weight", "1.bias"} <= names
     np.testing.assert_allclose(run(path, tokens), reference(model, config, tokens), atol=1e-5)
-    split = replace(config, layers={**config.layers, "2": replace(config["2"], scheme=Scheme.parse("W8:g32"))})
+    split = with_scheme(config, "2", "W8:g32")
     with pytest.raises(ExportError, match="layers 0, 2 must have one scheme because they share one weight"):
         mpq.export(split, "onnx-qdq", path, model, sample=tokens)
-
-
-def with_scheme(config, name, scheme):
-    changed = replace(config[name], scheme=Scheme.parse(scheme))
-    return replace(config, layers={**config.layers, name: changed})
 
 
 @pytest.mark.parametrize(
