@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7", "#56B4E9"
-_OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
+OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
 
-_MOST_LABELS = 60
+MOST_LABELS = 60
 LOSSES = {"kl": "KL to float (nats)", "mse": "squared error", "callable": "the loss"}
 
 # Unit of a cost -> factor and label of the axis.
@@ -33,7 +33,7 @@ def kind_of(op: str) -> str:
 
 def label_ticks(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
     """Names at the ticks of an axis, thinned where there are too many to read."""
-    ticks = range(0, len(names), -(-len(names) // _MOST_LABELS))
+    ticks = range(0, len(names), -(-len(names) // MOST_LABELS))
     shown = [names[i] for i in ticks]
     if axis == "x":
         ax.set_xticks(ticks, shown, rotation=90, fontsize=7)
@@ -154,11 +154,11 @@ def plot_bits(cfg: BitConfig, ax: Axes | None = None) -> Axes:
     """
     ax = _new_axes(ax, width=max(7, min(24, 0.3 * len(cfg))), height=4)
     kinds = [kind_of(c.op) for c in cfg.layers.values()]
-    colours = [_OP_COLOURS.get(k, GREY) for k in kinds]
+    colours = [OP_COLOURS.get(k, GREY) for k in kinds]
     bits = [c.weight.bits for c in cfg.layers.values()]
     ax.bar(range(len(cfg)), bits, color=colours)
     for kind in dict.fromkeys(kinds):
-        ax.bar([0], [0], color=_OP_COLOURS.get(kind, GREY), label=kind)
+        ax.bar([0], [0], color=OP_COLOURS.get(kind, GREY), label=kind)
     many = len(cfg) > 80
     ax.set_xticks([] if many else range(len(cfg)), [] if many else list(cfg), rotation=90, fontsize=7)
     ax.set_yticks(sorted(set(bits)))
