@@ -338,7 +338,7 @@ def test_a_metric_that_was_asked_for_changes_no_other_config():
 
 def test_products_outside_the_layers_grow_with_the_square_of_the_tokens():
     layers = [LayerSpec("fc", "linear", (64, 64), (64, 64), (16, 64), (16, 64), 16 * 64 * 64, 64 * 64, 1, 0, 0)]
-    attention = Outside("scores", 0, 0, 16 * 16 * 64, "a product of two activations")
+    attention = Outside("scores", 0, 0, 16 * 16 * 64, "a product of two activations", "products")
     flow = nx.DiGraph()
     flow.add_node("fc")
     graph = LayerGraph(tuple(layers), (attention,), flow, "hooks", 16 * 64 * 64 + attention.macs)

@@ -136,8 +136,6 @@ def test_layers_that_never_ran_are_named():
 
 
 def test_never_ran_is_what_trace_says():
-    """The reason is known by how `mpq.trace` words it."""
-
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()

@@ -10,8 +10,8 @@ from mpq.space import make_space
 
 NAMES = ("a", "b", "c")
 SCHEMES = ("W2A8", "W4A8", "W8A8")
-UNROUTED = Outside("expert", 9, 36, 0, "not called as a module on the first calibration batch")
-NORM = Outside("norm", 9, 36, 0, "LayerNorm is not quantizable")
+UNROUTED = Outside("expert", 9, 36, 0, "not called as a module on the first calibration batch", "idle")
+NORM = Outside("norm", 9, 36, 0, "LayerNorm is not quantizable", "other")
 
 
 def space_of(schemes=SCHEMES, outside=(), names=NAMES, element_bits=32, **options):
