@@ -112,7 +112,7 @@ def test_another_exporter(example, tmp_path):
 
 def test_inputs_are_named_where_batches_have_others(tmp_path):
     node = helper.make_node("Gemm", ["input", "w"], ["y"])
-    path = small([node], tmp_path / "x.onnx", input_name="input", initializers=[("w", np.ones((4, 3), np.float32))])
+    path = small([node], tmp_path / "x.onnx", inputs=["input"], initializers=[("w", np.ones((4, 3), np.float32))])
     with pytest.raises(DataError, match=r"for the inputs input: .* unexpected keyword argument 'images'"):
         mpq.allocate(path, [{"images": torch.zeros(2, 4)}], "avg_bits<=4", "W4", progress=False)
 
@@ -127,10 +127,50 @@ def test_exported_files_have_inputs_of_the_same_name(mixed, tmp_path, name, expo
     if dynamo:
         pytest.importorskip("onnxscript", reason="pip install 'mpq[export-onnx]'")
     node = helper.make_node("Gemm", [name, "w"], ["y"])
-    path = small([node], tmp_path / "x.onnx", input_name=name, initializers=[("w", np.ones((4, 3), np.float32))])
+    path = small([node], tmp_path / "x.onnx", inputs=[name], initializers=[("w", np.ones((4, 3), np.float32))])
     config = mixed(path, [torch.randn(2, 4)], "W8A8", runtime="onnx-qdq")
     mpq.export(config, "onnx-qdq", tmp_path / "q.onnx", path, sample=torch.randn(2, 4), dynamo=dynamo)
     assert [i.name for i in onnx.load(tmp_path / "q.onnx").graph.input] == [exported]
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        (("a.b", "a_b"), ["a_b_1", "a_b"]),  # whose name is Python's keeps it
+        (("a_b", "a.b"), ["a_b", "a_b_1"]),
+        (("a.b", "a:b"), ["a_b", "a_b_1"]),
+        (("1", "_1"), ["_1_1", "_1"]),
+        (("in", "self"), ["in_", "self_"]),
+    ],
+)
+def test_inputs_that_python_would_call_the_same_stay_apart(mixed, tmp_path, names, arguments):
+    weight = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", [names[0], "w"], ["h"]), helper.make_node("Sub", ["h", names[1]], ["y"])]
+    path = small(nodes, tmp_path / "x.onnx", inputs=names, initializers=[("w", weight)])
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    model, batch = load_onnx(path), dict(zip(arguments, (a, b), strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch), a @ torch.from_numpy(weight) - b)
+    config = mixed(path, [batch], "W8", runtime="onnx-qdq")
+    mpq.export(config, "onnx-qdq", tmp_path / "q.onnx", path, sample=batch)
+    exported = [i.name for i in onnx.load(tmp_path / "q.onnx").graph.input]
+    assert exported == [k if n == "1" else n for n, k in zip(names, arguments, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (("in.weight", "a.lambda.weight"), ["in_", "a.lambda_"]),
+        (("forward.a.weight", "a.training.weight"), ["forward_.a", "a.training_"]),
+    ],
+)
+def test_layers_are_not_called_what_no_module_can_be(tmp_path, names, layers):
+    weights = [(n, np.random.default_rng(i).normal(size=(4, 4)).astype(np.float32)) for i, n in enumerate(names)]
+    nodes = [helper.make_node("MatMul", ["x", names[0]], ["h"]), helper.make_node("MatMul", ["h", names[1]], ["y"])]
+    found, x = load_onnx(small(nodes, tmp_path / "x.onnx", initializers=weights)), torch.randn(2, 4)
+    assert [n for n, m in found.named_modules() if isinstance(m, nn.Linear)] == layers
+    with torch.no_grad():
+        np.testing.assert_allclose(found(x).numpy(), run(tmp_path / "x.onnx", x), atol=1e-5)
 
 
 def test_files_of_other_tools_integers_are_refused_by_name(example, mixed, tmp_path):

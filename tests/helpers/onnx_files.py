@@ -59,12 +59,12 @@ def reference(model, config, x):
         return mpq.quantize(model, config)(x).numpy()
 
 
-def small(nodes, path, outputs=("y",), opset=17, initializers=(), input_name="x", shape=("n", 4)):
-    """Writes a file of a few nodes that reads one input of floats."""
+def small(nodes, path, outputs=("y",), opset=17, initializers=(), inputs=("x",), shape=("n", 4)):
+    """Writes a file of a few nodes that read inputs of floats."""
     graph = onnx.helper.make_graph(
         nodes,
         "g",
-        [onnx.helper.make_tensor_value_info(input_name, onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info(i, onnx.TensorProto.FLOAT, shape) for i in inputs],
         [onnx.helper.make_empty_tensor_value_info(o) for o in outputs],
         [onnx.numpy_helper.from_array(v, n) for n, v in initializers],
     )
