@@ -41,7 +41,8 @@ def label_ticks(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
         ax.set_yticks(ticks, shown, fontsize=7)
 
 
-def _new_axes(ax: Axes | None, width: float = 7, height: float = 4.4) -> Axes:
+def new_axes(ax: Axes | None, width: float = 7, height: float = 4.4) -> Axes:
+    """The axes that were given, else new ones of a size in inches."""
     if ax is not None:
         return ax
     if "inline" in mpl.get_backend() or mpl.is_interactive():
@@ -67,7 +68,7 @@ def plot_frontier(
         mark: Configs to mark and label by their budget or average bits.
         uniform: Also show each scheme used for all layers.
     """
-    ax = _new_axes(ax)
+    ax = new_axes(ax)
     factor, unit = _AXIS.get(front.unit, (1.0, front.unit))
     positive = front.loss > 0
     ax.step(front.cost[positive] * factor, front.loss[positive], where="post", color=BLUE, lw=1.2, zorder=2)
@@ -125,7 +126,7 @@ def plot_measured(series: Mapping[str, Sequence[BitConfig]], ax: Axes | None = N
         ax: Where to; a new figure by default.
         metric: The cost on the horizontal axis.
     """
-    ax = _new_axes(ax)
+    ax = new_axes(ax)
     float_accuracy = None
     unit = ""
     for (label, configs), colour in zip(series.items(), (BLUE, ORANGE, GREEN, PINK, SKY), strict=False):
@@ -152,7 +153,7 @@ def plot_bits(cfg: BitConfig, ax: Axes | None = None) -> Axes:
         cfg: What to draw.
         ax: Where to; a new figure by default.
     """
-    ax = _new_axes(ax, width=max(7, min(24, 0.3 * len(cfg))), height=4)
+    ax = new_axes(ax, width=max(7, min(24, 0.3 * len(cfg))), height=4)
     kinds = [kind_of(c.op) for c in cfg.layers.values()]
     colours = [OP_COLOURS.get(k, GREY) for k in kinds]
     bits = [c.weight.bits for c in cfg.layers.values()]
