@@ -293,7 +293,7 @@ def _check_reachable(space: SearchSpace, costs: dict[str, Cost], budgets: tuple[
 
 def _warn_of_low_coverage(graph: LayerGraph) -> None:
     """Say so where budgets can move only part of the network."""
-    others = [o for o in graph.outside if not o.reason.endswith("stays float")]  # biases are nobody's surprise
+    others = [o for o in graph.outside if o.kind != "rest"]  # biases are nobody's surprise
     left_out = sum(o.parameters for o in others)
     if graph.parameters < _EXPECTED_COVERAGE * (graph.parameters + left_out):
         largest = sorted(others, key=lambda o: -o.parameters)[:3]

@@ -285,7 +285,12 @@ class Analysis:
         first_use = {x.storage: x.name for x in reversed(self.space.skipped)}
         skipped = tuple(
             Outside(
-                x.name, kept, kept * x.element_bits // 8, x.macs, self.space.unfit.get(x.name, "skipped by the user")
+                x.name,
+                kept,
+                kept * x.element_bits // 8,
+                x.macs,
+                self.space.unfit.get(x.name, "skipped by the user"),
+                "skipped",
             )
             for x in self.space.skipped
             for kept in [x.parameters if first_use[x.storage] == x.name else 0]

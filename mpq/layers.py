@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from html import escape
+from typing import Literal
 
 import networkx as nx
 
@@ -51,6 +52,12 @@ def stored_parameters(layers: Iterable[LayerSpec]) -> int:
     return sum({layer.storage: layer.parameters for layer in layers}.values())
 
 
+# Layers that were "skipped", that did not run on the calibration data ("idle") or can't be observed ("hidden"); the
+# "rest" of a searched layer, such as its bias; modules of "other" types, for which there are no formats; "products"
+# outside of all layers.
+OutsideKind = Literal["skipped", "idle", "hidden", "rest", "other", "products"]
+
+
 @dataclass(frozen=True)
 class Outside:
     """Something that holds parameters or does multiply-accumulates, but is not searched.
@@ -60,7 +67,8 @@ class Outside:
         parameters: Its parameters.
         size_bytes: Their bytes as stored by the model.
         macs: Its multiply-accumulates for one sample.
-        reason: Why it is outside.
+        reason: Why it is outside, for people.
+        kind: The same for programs.
     """
 
     name: str
@@ -68,6 +76,7 @@ class Outside:
     size_bytes: int
     macs: int
     reason: str
+    kind: OutsideKind
 
 
 @dataclass(frozen=True)

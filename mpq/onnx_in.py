@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from keyword import iskeyword, kwlist
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # Where placeholders keep what an input is called in the file; its name here is a Python identifier.
 INPUT_NAME = "onnx_name"
+# What no module can be called.
+_RESERVED = {*dir(nn.Module()), *kwlist}
 # Older files have attributes where later ones have inputs, and another Softmax.
 _OLDEST, _CONVERTED = 13, 17
 # Inputs that are numbers or small lists of whole ones where they are constant.
@@ -113,10 +116,12 @@ class _Builder:
             ) from None
 
     def build(self) -> fx.GraphModule:
-        for value in self.source.input:
-            if value.name not in self.constants:
-                node = self.nodes[value.name] = self.graph.placeholder(_identifier(value.name))
-                node.meta[INPUT_NAME] = value.name
+        inputs = [v.name for v in self.source.input if v.name not in self.constants]
+        taken = {name for name in inputs if name == _identifier(name)}  # these keep their names
+        for name in inputs:
+            argument = name if name in taken else _numbered(_identifier(name), taken)
+            self.nodes[name] = self.graph.placeholder(argument)
+            self.nodes[name].meta[INPUT_NAME] = name
         for i, node in enumerate(self.source.node):
             self._convert(node, i)
         outputs = [self._value(o.name) for o in self.source.output]
@@ -325,14 +330,11 @@ class _Builder:
         return self._free(_dotted(".".join(path)) or f"{node.op_type.lower()}_{index}")
 
     def _free(self, name: str) -> str:
-        """The name, or with a number if it is taken."""
-        first = name.split(".")[0]
-        name = f"{name}_" if hasattr(fx.GraphModule, first) or (hasattr(self.root, first) and "." not in name) else name
-        free, i = name, 1
-        while free in self.taken:
-            free, i = f"{name}_{i}", i + 1
-        self.taken.add(free)
-        return free
+        """The name, with a number if it is taken, and underscores behind what no module can be called."""
+        first, *others = (f"{part}_" if part in _RESERVED else part for part in name.split("."))
+        if hasattr(fx.GraphModule, first) or (not others and hasattr(self.root, first)):
+            first = f"{first}_"
+        return _numbered(".".join([first, *others]), self.taken)
 
 
 def _add_nested(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -346,13 +348,23 @@ def _add_nested(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
+def _numbered(name: str, taken: set[str]) -> str:
+    """The name, or with the first number that makes it one that is not taken; taken from now on."""
+    free, i = name, 1
+    while free in taken:
+        free, i = f"{name}_{i}", i + 1
+    taken.add(free)
+    return free
+
+
 def _pick(values: Any, index: int) -> Any:
     return values[index]
 
 
 def _identifier(name: str) -> str:
     found = re.sub(r"\W+", "_", name).strip("_")
-    return found if found and not found[0].isdigit() else f"_{found}"
+    found = found if found and not found[0].isdigit() else f"_{found}"
+    return f"{found}_" if iskeyword(found) or found == "self" else found
 
 
 def _dotted(name: str) -> str:

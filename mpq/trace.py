@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpq.calibration import Batch
 from mpq.errors import GraphError
-from mpq.layers import LayerGraph, LayerSpec, Outside
+from mpq.layers import LayerGraph, LayerSpec, Outside, OutsideKind
 from mpq.trees import map_tensors, tensors_in
 from mpq.view import Forward, ModelView, channels_first, op_of, own_weight, preserved_state
 
@@ -179,7 +179,7 @@ def _outside(view: ModelView, searched: set[str], recorder: _Recorder, batch_siz
         if not left:
             continue
         counted.update(id(p) for p in left.values())
-        reason = f"{', '.join(left)} stays float" if name in searched else _reason(name, module, list(left), recorder)
+        kind, reason = _why_outside(module, list(left), recorder, name in searched)
         found.append(
             Outside(
                 name or "(model)",
@@ -187,27 +187,30 @@ def _outside(view: ModelView, searched: set[str], recorder: _Recorder, batch_siz
                 sum(p.numel() * p.element_size() for p in left.values()),
                 0 if name in searched else recorder.macs[name] // batch_size,
                 reason,
+                kind,
             )
         )
     return found
 
 
-def _reason(name: str, module: nn.Module, left: list[str], recorder: _Recorder) -> str:
+def _why_outside(module: nn.Module, left: list[str], recorder: _Recorder, searched: bool) -> tuple[OutsideKind, str]:
+    if searched:
+        return "rest", f"{', '.join(left)} stays float"
     weight = own_weight(module)
     if op_of(module) and weight is not None and not weight.numel():
-        return "its weight is empty"
+        return "hidden", "its weight is empty"
     if weight is not None and id(weight) in recorder.uses.elsewhere:
-        return "its weight is used outside the module's own forward, which mpq can't observe"
+        return "hidden", "its weight is used outside the module's own forward, which mpq can't observe"
     if op_of(module) and weight is not None:
-        return "not called as a module on the first calibration batch"
+        return "idle", "not called as a module on the first calibration batch"
     if op_of(module):
-        return "its weight is computed by a parametrization; remove it before the search"
+        return "hidden", "its weight is computed by a parametrization; remove it before the search"
     if isinstance(module, nn.MultiheadAttention):
-        return "attention with bias_k, add_zero_attn or its own forward can't be expanded"
+        return "hidden", "attention with bias_k, add_zero_attn or its own forward can't be expanded"
     kind = type(module)
     if kind.__module__.startswith("torch.nn."):
-        return f"{kind.__name__} is not quantizable"
-    return f"{', '.join(left[:3])}{' and more' if len(left) > 3 else ''} of {kind.__name__} is not quantizable"
+        return "other", f"{kind.__name__} is not quantizable"
+    return "other", f"{', '.join(left[:3])}{' and more' if len(left) > 3 else ''} of {kind.__name__} is not quantizable"
 
 
 def trace(view: ModelView, batch: Batch) -> LayerGraph:
@@ -236,7 +239,7 @@ def trace(view: ModelView, batch: Batch) -> LayerGraph:
     functional = total - sum(recorder.macs.values())
     if functional > 0:
         reason = "products outside the layers (attention scores, weights used elsewhere) stay float"
-        outside.append(Outside("(functional)", 0, 0, functional // batch.size, reason))
+        outside.append(Outside("(functional)", 0, 0, functional // batch.size, reason, "products"))
     return LayerGraph(
         layers,
         tuple(outside),

@@ -55,8 +55,6 @@ Mask = NDArray[np.bool_]
 _QUARANTINE = ("not_finite", "negative", "negative_trace")
 # Provenance key -> what the layers listed there have.
 _CUT_TO_ZERO = {"negative_traces": "negative Hessian trace", "negative_eigenvalues": "negative largest eigenvalue"}
-# How `mpq.trace` begins the reason of a layer that the calibration data did not reach.
-_NEVER_CALLED = "not called as a module"
 _STANDARD_ERRORS, _RELATIVE = 3.0, 1e-6
 _SHOWN = 5
 
@@ -303,7 +301,7 @@ def _rounds(layer: LayerSpec, scheme: Scheme) -> bool:
 
 def _never_ran(space: SearchSpace) -> Iterator[Finding]:
     for o in space.graph.outside:
-        if o.reason.startswith(_NEVER_CALLED):
+        if o.kind == "idle":
             yield Finding(o.name, "never_ran", o.reason, "stays float")
 
 

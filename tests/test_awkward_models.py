@@ -1,7 +1,6 @@
 """Models and data that bite: each of these once gave a silent wrong result or an unclear error."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,38 +289,6 @@ def test_uniform_needs_a_scheme_open_to_every_group(example):
     assert texts == ["W2A8", "W4A8"]
 
 
-def test_partly_labelled_data_is_refused():
-    x = torch.randn(6, 4)
-    with pytest.raises(DataError, match="only 6 of 12 samples have labels"):
-        mpq.evaluate(nn.Linear(4, 3), [(x, torch.zeros(6, dtype=torch.long)), x], progress=False)
-
-
-def test_labels_out_of_range_other_types_and_next_tokens():
-    net = nn.Linear(4, 3)
-    x = torch.randn(6, 4)
-    assert mpq.evaluate(net, [(x, torch.zeros(6, dtype=torch.int32))], progress=False).accuracy is not None
-    with pytest.raises(DataError, match=r"not one of the model's 3 classes \(0 to 2\)"):
-        mpq.evaluate(net, [(x, torch.full((6,), 3))], progress=False)
-
-    class Next(nn.Module):
-        """Predicts that each token is followed by the next number."""
-
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(8, 8)
-            self.table.weight.data = 20 * torch.eye(8).roll(1, 1)
-
-        def forward(self, input_ids):
-            return SimpleNamespace(logits=self.table(input_ids))
-
-    ids = torch.arange(6)[None].repeat(3, 1)
-    texts = {"input_ids": ids, "labels": torch.tensor([2, 0, 1])[: len(ids)]}  # one label for a whole text
-    whole = mpq.evaluate(Next(), [texts], forward=lambda m, b: m(b["input_ids"]).logits[:, -1], progress=False)
-    assert whole.accuracy is not None
-    measured = mpq.evaluate(Next(), [{"input_ids": ids, "labels": ids.clone()}], progress=False)
-    assert measured.accuracy == 1.0
-
-
 def test_clear_errors_for_models_that_are_not_ready():
     with pytest.raises(GraphError, match="lazy layers without weights yet"):
         losses(nn.Sequential(nn.LazyLinear(3)), torch.randn(4, 4))
@@ -421,10 +388,3 @@ def test_squared_error_is_measured_where_outputs_are_not_classes():
     # A linear network is its own tangent: the prediction differs by the random probes only.
     assert measured.mse == pytest.approx(cfg.predicted_loss, rel=1e-5)
     assert mpq.Evaluator(net, [x], progress=False).measure(cfg).mse == pytest.approx(measured.mse, rel=1e-6)
-
-
-def test_labels_that_do_not_fit_are_named():
-    model, x = nn.Linear(8, 4), torch.randn(6, 8)
-    with pytest.warns(UserWarning, match=r"no accuracy of these batches: labels of shape \(5,\) don't fit .* \(6, 4\)"):
-        found = mpq.evaluate(model, [(x, torch.zeros(5, dtype=torch.long))], progress=False)
-    assert found.accuracy is None

@@ -20,15 +20,6 @@ mpl.use("Agg")
 SCHEMES = "W2,W3,W4,W5,W6,W8"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other on networks of a few dozen weights."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_networks()["conv"]

@@ -2,15 +2,12 @@ import copy
 
 import pytest
 import torch
+from random_tensors import inputs
 from torch import nn
 
 import mpq
 from mpq.corrections import add_noise_bias, correct_bias, equalize, layer_pairs, reestimate_batch_norm, smooth
 from mpq.errors import GraphError
-
-
-def inputs(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Net(nn.Module):

@@ -1,16 +1,15 @@
 """AIMET encodings, loaded into a simulation of aimet-onnx."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
 from torch import nn
 
 import mpq
 from mpq.errors import ExportError
-from mpq.quantizers import Scheme
 
 onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
 ort = pytest.importorskip("onnxruntime", reason="pip install 'mpq[export-onnx]'")
@@ -161,20 +160,14 @@ def test_aimet_on_matrices_with_groups(mixed, tmp_path):
 def test_what_aimet_has_not_is_refused(example, exported, tmp_path):
     model, calib, _ = example
     config, _ = exported
-
-    def with_scheme(name, scheme):
-        return replace(config, layers={**config.layers, name: replace(config[name], scheme=Scheme.parse(scheme))})
-
     for scheme, match in {
         "W3A8": "aimet has no W3A8; choose one that it loads",
         "W4A8:token": "aimet has no W4A8:token",
     }.items():
         with pytest.raises(ExportError, match=match):
-            mpq.export(with_scheme("fc", scheme), "aimet", tmp_path / "x.encodings", model, sample=calib[0])
-    clash = with_scheme("layer2.0.shortcut.0", "W8Aint16")
-    clash = replace(
-        clash, layers={**clash.layers, "layer2.0.conv1": replace(clash["layer2.0.conv1"], scheme=Scheme.parse("W8A8"))}
-    )
+            mpq.export(with_scheme(config, "fc", scheme), "aimet", tmp_path / "x.encodings", model, sample=calib[0])
+    clash = with_scheme(config, "layer2.0.shortcut.0", "W8Aint16")
+    clash = with_scheme(clash, "layer2.0.conv1", "W8A8")
     with pytest.raises(
         ExportError, match=r"layers '.*' and '.*' need different encodings of the tensor .* that both read"
     ):

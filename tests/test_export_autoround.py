@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from llama import analysed, by_projection, mixed, tiny_llama, tokenizer, tokens, with_scheme
+from configs import with_scheme
+from llama import analysed, by_projection, mixed, tiny_llama, tokenizer, tokens
 
 import mpq
 from mpq.errors import ExportError

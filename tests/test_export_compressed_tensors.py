@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llama import analysed, by_projection, mixed, tiny_llama, tokens, with_scheme
+from configs import with_scheme
+from llama import analysed, by_projection, mixed, tiny_llama, tokens
 
 import mpq
 from mpq.apply import InputQuantizer
@@ -248,7 +249,7 @@ def test_illegal_configs_are_refused_by_name(tmp_path):
     with pytest.raises(ExportError, match="groups that divide the 96 input features; 64 does not"):
         mpq.export(replace(config, layers={**config.layers, f"{first}.o_proj": narrow}), "vllm", tmp_path / "x")
     without = {n: c for n, c in config.layers.items() if n != f"{first}.v_proj"}
-    apart = (*config.outside, Outside(f"{first}.v_proj", 1, 1, 1, "skipped by the user"))
+    apart = (*config.outside, Outside(f"{first}.v_proj", 1, 1, 1, "skipped by the user", "skipped"))
     with pytest.raises(ExportError, match=r"k_proj are quantized and .*v_proj not, but vllm loads them as one"):
         mpq.export(replace(config, layers=without, outside=apart), "vllm", tmp_path / "x")
     with pytest.raises(ExportError, match=r"k_proj are quantized and .*v_proj not, but vllm loads them as one"):

@@ -1,15 +1,13 @@
 """Core ML packages, read back with coremltools; predicting needs macOS."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
 from torch import nn
 
 import mpq
 from mpq.errors import ExportError
-from mpq.quantizers import Scheme
 
 
 class Net(nn.Module):
@@ -151,17 +149,13 @@ def test_the_layer_that_lost_its_constant_is_named(mixed, tmp_path, monkeypatch,
 
 def test_what_coreml_has_not_is_refused(net, tmp_path):
     model, tokens, config = net
-
-    def with_scheme(name, scheme):
-        return replace(config, layers={**config.layers, name: replace(config[name], scheme=Scheme.parse(scheme))})
-
     for scheme in ("W3", "W4A8", "W4:bipolar"):
         with pytest.raises(
             ExportError, match=f"layer 'head' has {scheme}, but coreml has no {scheme}; choose one that it loads"
         ):
-            mpq.export(with_scheme("head", scheme), "coreml", tmp_path / "x.mlpackage", model, sample=tokens)
+            mpq.export(with_scheme(config, "head", scheme), "coreml", tmp_path / "x.mlpackage", model, sample=tokens)
     with pytest.raises(ExportError, match="no groups in conv1d layers"):
-        mpq.export(with_scheme("conv", "W4:g16"), "coreml", tmp_path / "x.mlpackage", model, sample=tokens)
+        mpq.export(with_scheme(config, "conv", "W4:g16"), "coreml", tmp_path / "x.mlpackage", model, sample=tokens)
     with pytest.raises(ExportError, match=r"needs a path like net\.mlpackage"):
         mpq.export(config, "coreml", tmp_path / "x.json", model, sample=tokens)
     with pytest.raises(ExportError, match=r"pass model="):

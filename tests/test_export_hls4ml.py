@@ -1,18 +1,17 @@
 """Fixed-point types in hls4ml: read back from it, and its C++ simulation against `mpq.quantize`."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
 from torch import nn
 
 import mpq
 from mpq.corrections import add_noise_bias
 from mpq.errors import ConfigError, ExportError
 from mpq.export.hls4ml import update
-from mpq.quantizers import Scheme
 from mpq.quantizers.scales import scale_and_zero
 from mpq.quantizers.tensors import quantize
 
@@ -159,9 +158,7 @@ def test_inputs_that_others_read_are_reported_or_refused(mixed, tmp_path):
     assert found.layers["a"][0] == "exact"
     assert found.layers["b"][0] == "approximated"
     assert found.layers["b"][1].endswith("which add_1 reads too")
-    split = replace(
-        config, layers={**config.layers, "c": replace(config["c"], scheme=Scheme.parse("W4:tensor:p2A12:sym:p2"))}
-    )
+    split = with_scheme(config, "c", "W4:tensor:p2A12:sym:p2")
     with pytest.raises(ExportError, match="layers 'b' and 'c' read one tensor, which can't be both"):
         mpq.export(split, "hls4ml", tmp_path / "x.json", model)
 
@@ -216,7 +213,7 @@ def test_noise_is_refused(mixed, tmp_path):
 def test_what_is_no_fixed_point_is_refused(cnn, exported, tmp_path):
     config, _ = exported
     for scheme in ("W4:tensorA8:sym:p2", "W4:p2A8:sym:p2", "W4:tensor:p2A8:p2", "W1:tensor:p2"):
-        changed = replace(config, layers={**config.layers, "5": replace(config["5"], scheme=Scheme.parse(scheme))})
+        changed = with_scheme(config, "5", scheme)
         with pytest.raises(ExportError, match=r"layer '5' has .*, but hls4ml has no"):
             mpq.export(changed, "hls4ml", tmp_path / "x.json", cnn[0])
     with pytest.raises(ExportError, match="pass model="):

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from llama import analysed, by_projection, mixed, tiny_llama, with_scheme
+from configs import with_scheme
+from llama import analysed, by_projection, mixed, tiny_llama
 
 import mpq
 from mpq.errors import ExportError

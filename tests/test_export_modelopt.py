@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from llama import analysed, by_projection, mixed, tiny_llama, tokens, with_scheme
+from configs import with_scheme
+from llama import analysed, by_projection, mixed, tiny_llama, tokens
 from torch import nn
 
 import mpq

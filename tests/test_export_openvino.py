@@ -2,17 +2,16 @@
 
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
 from torch import nn
 
 import mpq
 from mpq.errors import ExportError
 from mpq.export.openvino import compress
-from mpq.quantizers import Scheme
 
 
 class Net(nn.Module):
@@ -147,14 +146,10 @@ def test_openvino_reads_our_values_from_onnx(net, mixed, tmp_path):
 
 
 def test_what_nncf_has_not_is_refused(config, tmp_path):
-    def with_scheme(scheme):
-        changed = replace(config["head"], scheme=Scheme.parse(scheme))
-        return replace(config, layers={**config.layers, "head": changed})
-
     for scheme in ("W4A8", "W8:g32", "W3", "W4:tensor"):
         with pytest.raises(
             ExportError, match=f"layer 'head' has {scheme}, but openvino has no {scheme}; choose one that it loads"
         ):
-            mpq.export(with_scheme(scheme), "openvino", tmp_path / "x.json")
+            mpq.export(with_scheme(config, "head", scheme), "openvino", tmp_path / "x.json")
     with pytest.raises(ExportError, match="needs groups that divide the 64 input features; 48 does not"):
-        mpq.export(with_scheme("W4:g48"), "openvino", tmp_path / "x.json")
+        mpq.export(with_scheme(config, "head", "W4:g48"), "openvino", tmp_path / "x.json")

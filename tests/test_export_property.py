@@ -253,7 +253,7 @@ def test_fused_layers_and_experts_are_not_split(name):
     fix = r"must have one scheme because vllm loads them as one tensor, not .*; allocate with runtime=.*groups=\["
     refused(changed(config, name, scheme=other), runtime, f"{name}.*{fix}")
     apart = replace(config, layers={n: c for n, c in config.layers.items() if n != name})
-    apart = replace(apart, outside=(*apart.outside, Outside(name, 1, 1, 1, "skipped by the user")))
+    apart = replace(apart, outside=(*apart.outside, Outside(name, 1, 1, 1, "skipped by the user", "skipped")))
     refused(
         apart, runtime, f"are quantized and {name} not, but vllm loads them as one tensor; skip all of them or none"
     )

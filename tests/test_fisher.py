@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from gradients import NETWORKS, SCHEMES, Calls, assert_covered, cross_entropy, labelled, one_by_one, rounded_inputs, run
+from estimators import NETWORKS, SCHEMES, run
+from gradients import Calls, assert_covered, cross_entropy, labelled, one_by_one, rounded_inputs
 
 from mpq.losses import KLLoss, MSELoss
 from mpq.sensitivity.fisher_trace import fisher_trace

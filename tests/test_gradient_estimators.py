@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradients import NETWORKS, SCHEMES, run
+from estimators import NETWORKS, SCHEMES, run
 from torch import nn
 
 from mpq.errors import DataError, GraphError, MpqError

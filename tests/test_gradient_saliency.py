@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gradients import (
-    NETWORKS,
-    SCHEMES,
-    Calls,
-    Overwriting,
-    assert_covered,
-    by_sign,
-    labelled,
-    rounded_inputs,
-    run,
-    weight_errors,
-)
+from estimators import NETWORKS, SCHEMES, run
+from gradients import Calls, Overwriting, assert_covered, by_sign, labelled, rounded_inputs, weight_errors
 
 from mpq.losses import KLLoss
 from mpq.sensitivity.fisher_trace import fisher_trace

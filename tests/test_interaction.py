@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from estimators import NETWORKS, SCHEMES, run
 
 import mpq
 from mpq.errors import MpqError
@@ -17,20 +18,7 @@ from mpq.sensitivity.interaction import augmented_order, dependency, measured_pa
 from mpq.sensitivity.perturbation import perturbation, quantized
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import make_space
-from mpq.testing import EstimatorContract, prepared, tiny_networks
-from mpq.view import preserved_state
-
-NETWORKS = tiny_networks()
-SCHEMES = "W2A4,W4A8"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks are tiny here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from mpq.testing import EstimatorContract, prepared
 
 
 class TestSemidefinitePairs(EstimatorContract):
@@ -43,12 +31,6 @@ class TestShapley(EstimatorContract):
     @pytest.fixture(params=[None, 0.5], ids=["values", "covariances"])
     def estimator(self, request):
         return partial(shapley, permutations=3, shrinkage=request.param)
-
-
-def run(estimator, setup, loss=KLLoss(), **options):  # noqa: B008 - frozen
-    view, space, calib, bank = setup
-    with preserved_state(0):
-        return estimator(view, space, calib, bank, loss, progress=False, **options)
 
 
 def full_loss(setup, loss, config):

@@ -1,11 +1,10 @@
 """Costs of pairs of groups (conversions between neighbours) in constraints, against exhaustive search."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picks import every_pick
 
 from mpq.errors import MpqError
 from mpq.problem import Constraint, PairCosts, Problem, Status
@@ -42,10 +41,6 @@ def chain(seed, groups=5, share=0.4, interactions=False):
         joint[np.arange(groups), :, np.arange(groups)] = 0
     size = Constraint("size", "B", rng.integers(1, 9, (groups, 1)) * bits, np.array([np.inf]))
     return Problem(loss, (Constraint("latency", "s", cost, np.array([limit]), pairs), size), joint)
-
-
-def every_pick(problem):
-    return np.array(list(itertools.product(*(np.flatnonzero(row) for row in problem.allowed))))
 
 
 @given(seed=st.integers(0, 10_000), share=st.floats(0, 1))

@@ -7,26 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from estimators import NETWORKS, SCHEMES, full_pass
 from torch import nn
 
 import mpq
 from mpq.errors import DataError, MpqError
 from mpq.losses import CallableLoss, KLLoss, MSELoss
 from mpq.sensitivity.perturbation import perturbation, quantized, smallest_precision
-from mpq.testing import EstimatorContract, prepared, tiny_networks
+from mpq.testing import EstimatorContract, prepared
 from mpq.view import preserved_state
-
-NETWORKS = tiny_networks()
-SCHEMES = "W2A4,W4A8"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks are tiny here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class TestPerturbation(EstimatorContract):
@@ -39,11 +28,6 @@ def run(setup, loss=KLLoss(), **options):  # noqa: B008 - frozen
     view, space, calib, bank = setup
     with preserved_state(0):
         return perturbation(view, space, calib, bank, loss, progress=False, **options)
-
-
-def full_pass(view, batch):
-    with preserved_state(0), torch.no_grad():
-        return view(batch)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from estimators import NETWORKS, SCHEMES, full_pass
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -13,26 +14,9 @@ from mpq.losses import KLLoss
 from mpq.sensitivity.interaction import measured_pairs
 from mpq.sensitivity.perturbation import names_of, perturbation, quantized
 from mpq.sensitivity.prefix import Recording
-from mpq.testing import prepared, tiny_networks
+from mpq.testing import prepared
 from mpq.trees import tensors_in
 from mpq.view import preserved_state
-
-NETWORKS = tiny_networks()
-SCHEMES = "W2A4,W4A8"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks are tiny here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def full_pass(view, batch):
-    with preserved_state(0), torch.no_grad():
-        return view(batch)
 
 
 def same(a, b):

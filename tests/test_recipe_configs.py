@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from random_tensors import inputs
 from torch import nn
 
 import mpq
@@ -16,10 +17,6 @@ from mpq.quantizers.recipes import apply_recipe
 from mpq.testing import prepared
 from mpq.trace import trace
 from mpq.view import ModelView, channels_first
-
-
-def inputs(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Grouped(nn.Module):

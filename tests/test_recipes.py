@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tensors import drawn
 from torch import nn
 
 from mpq import NumberFormat
@@ -30,10 +31,6 @@ from mpq.view import channels_first
 parse = NumberFormat.parse
 DATA = ["gptq", "adaround", "flexround", "adaquant", "awq", "smooth", "qera2", "rsq:gptq", "awq:gptq", "hadamard:gptq"]
 FREE = ["stochastic", "hadamard", "lorc2", "sparse20", "ocs10", "split3"]
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def stats_of(x):

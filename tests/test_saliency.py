@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from estimators import NETWORKS, SCHEMES, run
 from torch import nn
 
 from mpq.errors import FormatError
@@ -14,18 +15,9 @@ from mpq.sensitivity.kernel_share import kernel_share
 from mpq.sensitivity.noise import noise
 from mpq.sensitivity.saliency import activation_saliency, lim, outlier_share
 from mpq.sensitivity.weight_only import weight_sqnr, zd
-from mpq.testing import dense_hessian, prepared, tiny_networks
+from mpq.testing import dense_hessian, prepared
 from mpq.trees import tensors_in
-from mpq.view import channels_first, preserved_state
-
-NETWORKS = tiny_networks()
-SCHEMES = "W2A4,W4A8"
-
-
-def run(estimator, setup, loss=KLLoss(), **options):  # noqa: B008 - frozen
-    view, space, calib, bank = setup
-    with preserved_state(0):
-        return estimator(view, space, calib, bank, loss, progress=False, **options)
+from mpq.view import channels_first
 
 
 def summed(space, score):

@@ -3,19 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from gradients import (
-    NETWORKS,
-    SCHEMES,
-    Calls,
-    Overwriting,
-    assert_covered,
-    by_sign,
-    cross_entropy,
-    labelled,
-    one_by_one,
-    run,
-    weight_errors,
-)
+from estimators import NETWORKS, SCHEMES, run
+from gradients import Calls, Overwriting, assert_covered, by_sign, cross_entropy, labelled, one_by_one, weight_errors
 from torch import nn
 
 from mpq.calibration import Calibration

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_tensors import drawn
 
 from mpq import NumberFormat
 from mpq.errors import FormatError
@@ -25,10 +26,6 @@ TO_GRIDS = [
     *("gptq", "adaround", "flexround", "adaquant", "stochastic", "ocs10", "split3", "split5"),
     *("rsq:gptq", "sparse20:ocs20:hadamard:awq:lorc2:gptq", "ocs20:sparse10:smooth:split2"),
 ]
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mpq.errors import ExportError
 from mpq.export.onnx_graph import OnnxGraph, onnx_exporter
+from mpq.export.packed import layer_input
 from mpq.export.report import Exported
-from mpq.quantizers.scales import scale_and_zero
 
 if TYPE_CHECKING:
     import onnx
@@ -87,11 +85,10 @@ def _inputs(graph: OnnxGraph) -> tuple[dict[str, dict[str, Any]], dict[str, str]
     shared: dict[str, str] = {}
     outputs, marks = {o.name for o in graph.graph.output}, graph.marks("input")
     for layer, node in marks:
-        choice, source = graph.config[layer], node.input[0]
-        if choice.activation is None:
+        source, rounded = node.input[0], layer_input(graph.config[layer])
+        if rounded is None:
             continue
-        ends = torch.tensor(choice.activation_range)
-        found = _encoding(choice.activation, *scale_and_zero(ends[0], ends[1], choice.activation))
+        found = _encoding(*rounded)
         first.setdefault(source, layer)
         if inputs.setdefault(source, found) != found:
             raise ExportError(

@@ -55,7 +55,7 @@ def check(config: BitConfig, runtime: Runtime, model: nn.Module | None = None) -
 def left_out(config: BitConfig) -> list[str]:
     """Layers that a tool might quantize and must leave as they are."""
     others = (o for o in config.outside if o.name not in config.layers and not o.name.startswith("("))
-    return list(dict.fromkeys(o.name for o in others if not o.reason.endswith("is not quantizable")))
+    return list(dict.fromkeys(o.name for o in others if o.kind != "other"))
 
 
 def _whole(held: Mapping[str, str], members: list[str], why: str, fix: str) -> None:

@@ -205,13 +205,12 @@ def _static_input(choice: LayerChoice, dtype: torch.dtype) -> tuple[dict[str, Te
     """Scale and zero point of an input whose range is calibrated, and how far off the scale is in the model's type."""
     import torch
 
-    from mpq.quantizers.scales import scale_and_zero
+    from mpq.export.packed import layer_input
 
-    fmt, limits = choice.activation, choice.activation_range
-    if fmt is None or limits is None:
+    rounded = layer_input(choice)
+    if rounded is None:
         return {}, 0.0
-    lo, hi = torch.tensor(limits)
-    scale, zero = scale_and_zero(lo, hi, fmt)
+    fmt, scale, zero = rounded
     kept = scale.to(dtype)
     found = {"input_scale": kept.reshape(1)}
     if not fmt.symmetric:

@@ -13,18 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx, nn
 
 from mpq.apply import check_fits, remove_input_quantizers
 from mpq.errors import ExportError
 from mpq.export.check import check
 from mpq.export.fields import read_export
-from mpq.export.packed import layer_codes
+from mpq.export.packed import layer_codes, layer_input
 from mpq.export.report import Exported
 from mpq.export.runtimes import RUNTIMES
 from mpq.kept_codes import check_made_for
-from mpq.quantizers.scales import scale_and_zero
 
 if TYPE_CHECKING:
     from mpq.config import BitConfig
@@ -102,9 +100,10 @@ def _types(
         kinds = entries.setdefault(node.name, {"result": default})
         kinds["weight"] = _fixed(choice.weight, layer_codes(config, model, name).scale.item())
         held[name] = "exact", f"{kinds['weight']} weight"
-        if choice.activation is not None:
-            ends = torch.tensor(choice.activation_range)
-            kind = _fixed(choice.activation, scale_and_zero(ends[0], ends[1], choice.activation)[0].item())
+        rounded = layer_input(choice)
+        if rounded is not None:
+            fmt, scale, _ = rounded
+            kind = _fixed(fmt, scale.item())
             other, theirs = results.setdefault(source, (name, kind))
             if theirs != kind:
                 raise ExportError(

@@ -52,7 +52,7 @@ def llama_cpp(config: BitConfig, path: Path, model: nn.Module | None, architectu
     """
     check(config, RUNTIMES["llama.cpp"], model)
     apart = left_out(config)
-    others = [o for o in config.outside if o.reason.endswith("is not quantizable")]
+    others = [o for o in config.outside if o.kind == "other"]
     names = _gguf_names([*config.layers, *apart, *(o.name for o in others)], architecture or _architecture(model))
     missing = next((n for n in config.layers if n not in names), None)
     if missing is not None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from mpq.export.onnx_fold import fold_batch_norms
 from mpq.export.onnx_graph import OnnxGraph, blocks_as, onnx_exporter
+from mpq.export.packed import layer_input
 from mpq.export.report import Exported
-from mpq.quantizers.scales import scale_and_zero
 
 if TYPE_CHECKING:
     import onnx
@@ -123,14 +122,13 @@ def _round_input(graph: OnnxGraph, layer: str, node: onnx.NodeProto) -> None:
     """Put QuantizeLinear and DequantizeLinear in the place of a mark; nothing where the input stays float."""
     from onnx import helper
 
-    choice = graph.config[layer]
-    if choice.activation is None or choice.activation_range is None:
+    rounded = layer_input(graph.config[layer])
+    if rounded is None:
         graph.bypass(node)
         return
-    ends = torch.tensor(choice.activation_range, dtype=torch.float32)
-    scale, zero = scale_and_zero(ends[0], ends[1], choice.activation)
-    source, kind = node.input[0], _element_type(choice.activation)
-    key, name = (source, choice.activation, choice.activation_range), f"{layer}.input"
+    fmt, scale, zero = rounded
+    source, kind = node.input[0], _element_type(fmt)
+    key, name = (source, fmt, graph.config[layer].activation_range), f"{layer}.input"
     shared = [
         graph.constant((*key, "scale"), f"{name}_scale", scale.numpy()),
         graph.constant((*key, "zero"), f"{name}_zero_point", zero.numpy(), kind),

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.apply import refuse_noise
-from mpq.config import BitConfig
+from mpq.config import BitConfig, LayerChoice
 from mpq.errors import ExportError, FormatError
 from mpq.kept_codes import check_made_for, codes_of
+from mpq.quantizers import NumberFormat
 from mpq.quantizers.packing import pack
+from mpq.quantizers.scales import scale_and_zero
 from mpq.quantizers.tensors import QuantizedTensor, dequantize
 
 
@@ -35,6 +37,14 @@ def layer_codes(config: BitConfig, model: nn.Module, name: str) -> QuantizedTens
         return codes_of(model, config, name).plain_codes()
     except FormatError as error:
         raise ExportError(f"{error}; or export the config without model=, for the tool's own rounding") from None
+
+
+def layer_input(choice: LayerChoice) -> tuple[NumberFormat, Tensor, Tensor] | None:
+    """Format, scale and zero point of a layer's input; None where no range of it was calibrated."""
+    if choice.activation is None or choice.activation_range is None:
+        return None
+    lo, hi = torch.tensor(choice.activation_range, dtype=torch.float32)
+    return choice.activation, *scale_and_zero(lo, hi, choice.activation)
 
 
 def by_row(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpq.viz.plots import BLUE, GREY, LOSSES, _new_axes
+from mpq.viz.plots import BLUE, GREY, LOSSES, new_axes
 
 if TYPE_CHECKING:
     from mpq.comparison import Comparison, EstimatorScore
@@ -26,7 +26,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     """
     columns = min(_COLUMNS, len(comparison.scores))
     rows = math.ceil(len(comparison.scores) / columns)
-    first = _new_axes(None, width=1 + 2.7 * columns, height=0.5 + 2.7 * rows)
+    first = new_axes(None, width=1 + 2.7 * columns, height=0.5 + 2.7 * rows)
     figure = cast(Figure, first.figure)
     first.remove()
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from mpq.units import si
-from mpq.viz.plots import _new_axes, label_ticks
+from mpq.viz.plots import label_ticks, new_axes
 
 if TYPE_CHECKING:
     from mpq.estimates import Estimate
@@ -26,7 +26,7 @@ def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
         estimate: What to draw.
         ax: Where to; a new figure by default.
     """
-    ax = _new_axes(ax, 9, 4.4)
+    ax = new_axes(ax, 9, 4.4)
     place = np.arange(len(estimate.layers))
     colours = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(estimate.schemes)))
     for s, (scheme, colour) in enumerate(zip(estimate.schemes, colours, strict=True)):

@@ -11,7 +11,7 @@ from plotly import graph_objects as go
 from mpq.viz.explorer_layers import LayerRow
 from mpq.viz.explorer_points import Axis, Point
 from mpq.viz.explorer_widgets import LiveFigure
-from mpq.viz.plots import _MOST_LABELS, _OP_COLOURS, BLUE, GREEN, GREY, ORANGE, PINK, kind_of
+from mpq.viz.plots import BLUE, GREEN, GREY, MOST_LABELS, OP_COLOURS, ORANGE, PINK, kind_of
 
 _OTHER = "other"
 # Of points on top of each other Plotly takes the smallest: a thick line makes the single ones large, but not for it.
@@ -52,13 +52,13 @@ class ExplorerFigure:
     """
 
     def __init__(self, labels: Mapping[str, str]) -> None:
-        self._series, self._kinds = list(labels), [*_OP_COLOURS, _OTHER]
+        self._series, self._kinds = list(labels), [*OP_COLOURS, _OTHER]
         ring = {"color": "rgba(0,0,0,0)", "size": 19, "symbol": "circle", "line": {"color": GREEN, "width": 3}}
         # The ring is below the others, so that it catches no clicks.
         points = [go.Scatter(name="chosen", mode="markers", marker=ring, hoverinfo="skip")]
         points += [_series_trace(series, label) for series, label in labels.items()]
         below = {"xaxis": "x2", "yaxis": "y2", "legend": "legend2"}
-        colours = {**_OP_COLOURS, _OTHER: GREY}
+        colours = {**OP_COLOURS, _OTHER: GREY}
         bars = [go.Bar(name=k, marker={"color": c}, hovertemplate=_HOVER, **below) for k, c in colours.items()]
         tick = {"symbol": "line-ew-open", "size": 12, "color": "black", "line": {"width": 2}}
         ups = go.Scatter(name="runner-up", mode="markers", marker=tick, hoverinfo="skip", **below)
@@ -128,7 +128,7 @@ class ExplorerFigure:
         kinds = [k if k in self._kinds else _OTHER for k in (kind_of(row.op) for row in rows)]
         largest = max((row.parameters for row in rows), default=1)
         widths = [0.2 + 0.7 * math.sqrt(row.parameters / largest) for row in rows]
-        step = max(1, -(-len(rows) // _MOST_LABELS))
+        step = max(1, -(-len(rows) // MOST_LABELS))
         with self.figure.batch_update():
             for kind, trace in zip(self._kinds, bars, strict=True):
                 own = [i for i, k in enumerate(kinds) if k == kind]

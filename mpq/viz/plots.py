@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7", "#56B4E9"
-_OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
+OP_COLOURS = {"conv": BLUE, "linear": ORANGE, "embedding": GREEN, "attention": PINK}
 
-_MOST_LABELS = 60
+MOST_LABELS = 60
 LOSSES = {"kl": "KL to float (nats)", "mse": "squared error", "callable": "the loss"}
 
 # Unit of a cost -> factor and label of the axis.
@@ -33,7 +33,7 @@ def kind_of(op: str) -> str:
 
 def label_ticks(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
     """Names at the ticks of an axis, thinned where there are too many to read."""
-    ticks = range(0, len(names), -(-len(names) // _MOST_LABELS))
+    ticks = range(0, len(names), -(-len(names) // MOST_LABELS))
     shown = [names[i] for i in ticks]
     if axis == "x":
         ax.set_xticks(ticks, shown, rotation=90, fontsize=7)
@@ -41,7 +41,8 @@ def label_ticks(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
         ax.set_yticks(ticks, shown, fontsize=7)
 
 
-def _new_axes(ax: Axes | None, width: float = 7, height: float = 4.4) -> Axes:
+def new_axes(ax: Axes | None, width: float = 7, height: float = 4.4) -> Axes:
+    """The axes that were given, else new ones of a size in inches."""
     if ax is not None:
         return ax
     if "inline" in mpl.get_backend() or mpl.is_interactive():
@@ -67,7 +68,7 @@ def plot_frontier(
         mark: Configs to mark and label by their budget or average bits.
         uniform: Also show each scheme used for all layers.
     """
-    ax = _new_axes(ax)
+    ax = new_axes(ax)
     factor, unit = _AXIS.get(front.unit, (1.0, front.unit))
     positive = front.loss > 0
     ax.step(front.cost[positive] * factor, front.loss[positive], where="post", color=BLUE, lw=1.2, zorder=2)
@@ -125,7 +126,7 @@ def plot_measured(series: Mapping[str, Sequence[BitConfig]], ax: Axes | None = N
         ax: Where to; a new figure by default.
         metric: The cost on the horizontal axis.
     """
-    ax = _new_axes(ax)
+    ax = new_axes(ax)
     float_accuracy = None
     unit = ""
     for (label, configs), colour in zip(series.items(), (BLUE, ORANGE, GREEN, PINK, SKY), strict=False):
@@ -152,13 +153,13 @@ def plot_bits(cfg: BitConfig, ax: Axes | None = None) -> Axes:
         cfg: What to draw.
         ax: Where to; a new figure by default.
     """
-    ax = _new_axes(ax, width=max(7, min(24, 0.3 * len(cfg))), height=4)
+    ax = new_axes(ax, width=max(7, min(24, 0.3 * len(cfg))), height=4)
     kinds = [kind_of(c.op) for c in cfg.layers.values()]
-    colours = [_OP_COLOURS.get(k, GREY) for k in kinds]
+    colours = [OP_COLOURS.get(k, GREY) for k in kinds]
     bits = [c.weight.bits for c in cfg.layers.values()]
     ax.bar(range(len(cfg)), bits, color=colours)
     for kind in dict.fromkeys(kinds):
-        ax.bar([0], [0], color=_OP_COLOURS.get(kind, GREY), label=kind)
+        ax.bar([0], [0], color=OP_COLOURS.get(kind, GREY), label=kind)
     many = len(cfg) > 80
     ax.set_xticks([] if many else range(len(cfg)), [] if many else list(cfg), rotation=90, fontsize=7)
     ax.set_yticks(sorted(set(bits)))

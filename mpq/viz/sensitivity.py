@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from mpq.sensitivity.interaction import dependency
 from mpq.sensitivity.table import SensitivityTable
-from mpq.viz.plots import LOSSES, _new_axes, label_ticks
+from mpq.viz.plots import LOSSES, label_ticks, new_axes
 
 
 def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
@@ -18,7 +18,7 @@ def plot_sensitivity(table: SensitivityTable, ax: Axes | None = None) -> Axes:
         table: What to draw.
         ax: Where to; a new figure by default.
     """
-    ax = _new_axes(ax, 9, 4.4)
+    ax = new_axes(ax, 9, 4.4)
     place = np.arange(len(table.groups))
     colours = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(table.schemes)))
     for s, (scheme, colour) in enumerate(zip(table.schemes, colours, strict=True)):
@@ -58,7 +58,7 @@ def plot_interactions(table: SensitivityTable, schemes: str | None = None, ax: A
         MpqError: If the table has no interactions or no such scheme.
     """
     found = dependency(table, schemes)
-    ax = _new_axes(ax, 6.4, 5.6)
+    ax = new_axes(ax, 6.4, 5.6)
     off = found.correlation - np.diag(np.diag(found.correlation))
     most = max(float(np.abs(off).max()), 1e-3)
     np.fill_diagonal(off, np.nan)

@@ -9,12 +9,7 @@ from torch import nn
 
 from mpq.losses import KLLoss
 from mpq.space import layer_scheme
-from mpq.testing import tiny_networks
 from mpq.trees import map_tensors, tensors_in
-from mpq.view import preserved_state
-
-NETWORKS = tiny_networks()
-SCHEMES = "W2A4,W4A8"
 
 
 def labelled(data):
@@ -24,12 +19,6 @@ def labelled(data):
 
 def one_by_one(batches):
     return [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
-
-
-def run(estimator, setup, loss, **options):
-    view, space, calib, bank = setup
-    with preserved_state(0):
-        return estimator(view, space, calib, bank, loss, progress=False, **options)
 
 
 class Overwriting(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 import mpq
@@ -44,11 +42,6 @@ def mixed(analysis, choose):
     """A config of an analysis: ``choose`` maps the name of a group's first layer to a scheme."""
     wanted = [Scheme.parse(choose(g.name)) for g in analysis.space.groups]
     return analysis.config([analysis.space.schemes.index(s) for s in wanted])
-
-
-def with_scheme(config, name, scheme):
-    """The config with another scheme in one layer, as a user might write it."""
-    return replace(config, layers={**config.layers, name: replace(config[name], scheme=Scheme.parse(scheme))})
 
 
 def by_projection(schemes):

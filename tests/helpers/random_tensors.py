@@ -18,3 +18,12 @@ def tensor(seed, shape=(6, 5, 4), dtype=torch.float32, power=1):
     """Normal numbers, with longer tails for higher powers."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (x * x.abs() ** (power - 1)).to(dtype)
+
+
+def drawn(*shape, seed=0, dtype=torch.float64):
+    """Normal numbers, drawn in their own dtype."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def inputs(*shape, seed=0):
+    return drawn(*shape, seed=seed, dtype=torch.float32)

@@ -1,67 +1,23 @@
-"""Files that onnxruntime runs, against `mpq.quantize`."""
-
-from collections import Counter
-from dataclasses import replace
+"""Files of QuantizeLinear and DequantizeLinear that onnxruntime runs, against `mpq.quantize`."""
 
 import numpy as np
 import pytest
 import torch
+from configs import with_scheme
+from onnx_files import LEVELS, reference, run, session, tiny_transformer
 from torch import nn
 
 import mpq
-from mpq.errors import ConfigError, ExportError
-from mpq.quantizers import Scheme
+from mpq.errors import ExportError
 from mpq.quantizers.scales import scale_and_zero
 
 onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
 ort = pytest.importorskip("onnxruntime", reason="pip install 'mpq[export-onnx]'")
 
-LEVELS = {"off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL}
-
-
-class Tiny(nn.Module):
-    """An embedding, attentions and linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        layer = nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True, activation="gelu")
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(64, 7, bias=False)
-
-    def forward(self, tokens):
-        return self.head(self.encoder(self.embed(tokens)))
-
 
 @pytest.fixture(scope="module")
 def tiny():
-    torch.manual_seed(0)
-    tokens = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(1))
-    return Tiny().eval(), tokens
-
-
-def session(path, level="all", outputs=(), **entries):
-    """A session that computes in float32 what the file has in float32; also of tensors inside."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = LEVELS[level]
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    for key, value in entries.items():
-        options.add_session_config_entry(f"session.{key}", value)
-    loaded = path if isinstance(path, onnx.ModelProto) else onnx.load(path)
-    for name in outputs:
-        loaded.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    return ort.InferenceSession(loaded.SerializeToString(), options)
-
-
-def run(path, x, level="all", **entries):
-    found = session(path, level, **entries)
-    return found.run(None, {found.get_inputs()[0].name: x.numpy()})[0]
-
-
-def reference(model, config, x):
-    with torch.no_grad():
-        return mpq.quantize(model, config)(x).numpy()
+    return tiny_transformer()
 
 
 def weight_types(path):
@@ -165,86 +121,6 @@ def test_every_layer_is_within_one_step(example, request, kind, level):
             assert error <= scale.item() * 1.01, name  # two neighbours, in float32
             reach = error * weights[name].abs().flatten(1).sum(1).max().item()
         assert np.abs(found[-1] - result).max() <= reach + 1e-5 * np.abs(result).max(), name
-
-
-def operators(path, tmp_path):
-    """How often each operator is run, after onnxruntime has fused what it can."""
-    options = ort.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
-    ort.InferenceSession(str(path), options)
-    return Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node)
-
-
-def codes(path):
-    """All stored integers, by name."""
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-    tensors = onnx.load(path).graph.initializer
-    return {t.name: onnx.numpy_helper.to_array(t).tolist() for t in tensors if t.data_type in kinds}
-
-
-def test_folded_batch_norms_leave_the_codes_and_let_onnxruntime_compute_in_integers(example, mixed, tmp_path):
-    model, calib, _ = example
-    config = mixed(model, calib[:2], "W8A8,W4A8", runtime="onnx-qdq", pin={"layer1.*": "W8A8"})
-    paths = {fold: tmp_path / f"{fold}.onnx" for fold in (False, True)}
-    for fold, path in paths.items():
-        mpq.export(config, "onnx-qdq", path, model, sample=calib[0], fold=fold)
-    assert codes(paths[False]) == codes(paths[True])
-    found = {fold: operators(path, tmp_path) for fold, path in paths.items()}
-    assert found[False]["BatchNormalization"] == 21
-    assert found[False]["QLinearConv"] == 0
-    assert found[True]["BatchNormalization"] == 0
-    assert found[True]["QLinearConv"] >= 3  # the first convolution of each block: nothing is added to its output
-    x = calib[1][0]
-    np.testing.assert_allclose(run(paths[True], x, "off"), run(paths[False], x, "off"), atol=0.05)
-
-
-def test_batch_norms_stay_where_their_factors_are_no_scales(mixed, tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
-            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
-            for norm in self.norms:
-                norm.weight.data.uniform_(0.5, 1.5)
-                norm.bias.data.normal_()
-            self.norms[1].weight.data[2] *= -1
-
-        def forward(self, x):
-            for conv, norm in zip(self.convs[:3], self.norms[:3], strict=True):
-                x = norm(conv(x)).relu()
-            y = self.convs[3](x)
-            return self.norms[3](y) + y
-
-    torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(2, 4, 6, 6)
-    config = mixed(model, [x], "W8A8", runtime="onnx-qdq", pin={"convs.2": "W8:tensorA8"})
-    path = tmp_path / "net.onnx"
-    mpq.export(config, "onnx-qdq", path, model, sample=x)
-    kept = [n.input[0] for n in onnx.load(path).graph.node if n.op_type == "BatchNormalization"]
-    assert len(kept) == 3  # all but the first: a negative factor, one scale for all, another use of the output
-    expected = reference(model, config, x)
-    for level in LEVELS:
-        assert np.abs(run(path, x, level) - expected).max() < 0.02 * np.abs(expected).max()
-
-
-def test_batch_norms_stay_where_the_convolutions_result_is_an_output(mixed, tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            y = self.conv(x)
-            return self.norm(y), y
-
-    torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(2, 4, 6, 6)
-    config = mixed(model, [x], "W8A8", runtime="onnx-qdq")
-    mpq.export(config, "onnx-qdq", tmp_path / "net.onnx", model, sample=x)
-    with torch.no_grad():
-        expected = mpq.quantize(model, config)(x)
-    for found, ours in zip(session(tmp_path / "net.onnx").run(None, {"input": x.numpy()}), expected, strict=True):
-        assert np.abs(found - ours.numpy()).max() < 0.02 * ours.abs().max()
 
 
 def test_layers_have_their_types_in_the_file_and_our_very_values(example, resnet):
@@ -416,14 +292,9 @@ def test_tied_weights_are_stored_once_and_other_names_stay(mixed, tmp_path):
     names = {t.name for t in onnx.load(path).graph.initializer}
     assert {"1.weight", "1.bias"} <= names
     np.testing.assert_allclose(run(path, tokens), reference(model, config, tokens), atol=1e-5)
-    split = replace(config, layers={**config.layers, "2": replace(config["2"], scheme=Scheme.parse("W8:g32"))})
+    split = with_scheme(config, "2", "W8:g32")
     with pytest.raises(ExportError, match="layers 0, 2 must have one scheme because they share one weight"):
         mpq.export(split, "onnx-qdq", path, model, sample=tokens)
-
-
-def with_scheme(config, name, scheme):
-    changed = replace(config[name], scheme=Scheme.parse(scheme))
-    return replace(config, layers={**config.layers, name: changed})
 
 
 @pytest.mark.parametrize(
@@ -453,143 +324,6 @@ def test_what_is_missing_is_named(example, resnet, tmp_path):
         other.fc.weight += 1
     with pytest.raises(mpq.MpqError, match="other weights"):
         mpq.export(resnet[0], "onnx-qdq", tmp_path / "x.onnx", other, sample=calib[0])
-
-
-def nbits(path):
-    """Layer -> bits and block size of its MatMulNBits node."""
-    found = {}
-    for node in onnx.load(path).graph.node:
-        if node.op_type == "MatMulNBits":
-            values = {a.name: a.i for a in node.attribute}
-            found[node.name.removesuffix("/MatMulNBits")] = values["bits"], values["block_size"]
-    return found
-
-
-@pytest.mark.parametrize("level", ["off", "all"])
-@pytest.mark.parametrize("schemes", ["W4:g32,W8:g64:asym,W2:g16,W4:g16:asym", "W2:g64:asym,W8:g16,W4:g128,W4:g256:p2"])
-def test_matmulnbits_has_every_layers_bits_and_our_values(tiny, mixed, tmp_path, schemes, level):
-    model, tokens = tiny
-    config = mixed(model, [tokens], schemes, runtime="onnx-matmulnbits", skip=["encoder.layers.1.linear2"])
-    path = tmp_path / "tiny.onnx"
-    mpq.export(config, "onnx-matmulnbits", path, model, sample=tokens)
-    assert nbits(path) == {n: (c.weight.bits, c.weight.group_size) for n, c in config.items()}
-    assert len(config) == 8  # of the nine matrices; one is skipped, the embedding has no such operator
-    kept = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
-    skipped = model.get_parameter("encoder.layers.1.linear2.weight").detach().numpy()
-    assert any(v.shape == skipped.shape and (v == skipped).all() for v in kept.values())
-    expected = reference(model, config, tokens[:3])
-    np.testing.assert_allclose(run(path, tokens[:3], level), expected, atol=2e-5 * np.abs(expected).max())
-
-
-def test_onnxruntimes_own_quantizer_does_not_keep_to_included_nodes(tiny, mixed, tmp_path):
-    """Why the nodes are written here, one by one."""
-    pytest.importorskip("onnx_ir", reason="pip install 'mpq[export-onnx]'")
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    model, tokens = tiny
-    config = mixed(model, [tokens], "W4:g32", runtime="onnx-matmulnbits", skip=["encoder.*"])
-    mpq.export(config, "onnx-matmulnbits", tmp_path / "tiny.onnx", model, sample=tokens)
-    assert nbits(tmp_path / "tiny.onnx") == {"head": (4, 32)}
-    make = onnx.helper
-    weights = [onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), n) for n in ("v", "w")]
-    nodes = [
-        make.make_node("MatMul", ["x", "v"], ["h"], "first"),
-        make.make_node("MatMul", ["h", "w"], ["y"], "second"),
-    ]
-    ends = [make.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 64]) for n in "xy"]
-    graph = make.make_graph(nodes, "two", ends[:1], ends[1:], weights)
-    file = make.make_model(graph, opset_imports=[make.make_opsetid("", 21)])
-    theirs = MatMulNBitsQuantizer(file, bits=4, block_size=32, nodes_to_include=["first"])
-    theirs.process()
-    assert [n.op_type for n in theirs.model.model.graph.node] == ["MatMulNBits"] * 2
-
-
-def test_matmulnbits_has_the_accuracy_of_the_quantized_model(example, mixed, tmp_path):
-    """Convolutions stay float, so the head alone has few bits here."""
-    model, calib, test = example
-    config = mixed(model, calib[:1], "W2:g16", runtime="onnx-matmulnbits")
-    assert list(config) == ["fc"]
-    path = tmp_path / "resnet.onnx"
-    mpq.export(config, "onnx-matmulnbits", path, model, sample=calib[0])
-    ours, found = mpq.quantize(model, config), session(path)
-    right = mine = total = 0
-    for x, y in test:
-        right += (found.run(None, {"input": x.numpy()})[0].argmax(1) == y.numpy()).sum()
-        with torch.no_grad():
-            mine += (ours(x).argmax(1) == y).sum().item()
-        total += len(y)
-    assert abs(right - mine) / total <= 0.005
-
-
-def test_matmulnbits_in_int8_is_asked_for(tiny, mixed, tmp_path):
-    model, tokens = tiny
-    config = mixed(model, [tokens], "W4:g32", runtime="onnx-matmulnbits")
-    expected = reference(model, config, tokens)
-    path, errors = tmp_path / "x.onnx", {}
-    held = {1: "", 2: ", products in float16", 3: ", products in bfloat16", 4: ", inputs rounded to 8 bits"}
-    for level, products in held.items():
-        exported = mpq.export(config, "onnx-matmulnbits", path, model, sample=tokens, accuracy_level=level)
-        status = "exact" if level == 1 else "approximated"
-        assert {exported.layers[n] for n in config} == {(status, f"4 bits, blocks of 32{products}")}
-        errors[level] = np.abs(run(path, tokens) - expected).max()
-    assert errors[4] > 100 * errors[1]
-    with pytest.raises(ExportError, match="accuracy_level is 1"):
-        mpq.export(config, "onnx-matmulnbits", tmp_path / "x.onnx", model, sample=tokens, accuracy_level=0)
-
-
-def test_matmulnbits_refuses_what_it_has_not(example, tiny, mixed, tmp_path):
-    model, tokens = tiny
-    config = mixed(model, [tokens], "W4:g32", runtime="onnx-matmulnbits")
-    for scheme, match in {
-        "W3:g32": "has no W3:g32; choose one that it loads",
-        "W4:g32A8": "has no W4:g32A8",
-        "W4": "has no W4;",
-        "W4:g48": "has no W4:g48",
-    }.items():
-        with pytest.raises(ExportError, match=match):
-            mpq.export(with_scheme(config, "head", scheme), "onnx-matmulnbits", tmp_path / "x.onnx", model)
-    image_model, calib, _ = example
-    convolutions = mixed(image_model, calib[:1], "W4:g32")
-    with pytest.raises(ExportError, match="onnx-matmulnbits does not quantize conv2d layers; allocate with runtime="):
-        mpq.export(convolutions, "onnx-matmulnbits", tmp_path / "x.onnx", image_model, sample=calib[0])
-
-
-def test_weights_that_are_used_in_another_way_are_refused(mixed, tmp_path):
-    class Cross(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x + 1, x + 1)[0]
-
-    torch.manual_seed(0)
-    model, x = Cross().eval(), torch.randn(2, 3, 32)
-    config = mixed(model, [x], "W4:g32", runtime="onnx-matmulnbits")
-    with pytest.raises(ExportError, match=r"layer 'attention.in_proj': its weight is read by .* skip="):
-        mpq.export(config, "onnx-matmulnbits", tmp_path / "x.onnx", model, sample=x)
-    mpq.export(config, "onnx-qdq", tmp_path / "x.onnx", model, sample=x)
-    np.testing.assert_allclose(run(tmp_path / "x.onnx", x), reference(model, config, x), atol=1e-5)
-
-
-@pytest.mark.parametrize(("tool", "scheme"), [("onnx-qdq", "W4:gptqA8"), ("onnx-matmulnbits", "W4:g32:rsq:gptq")])
-def test_codes_that_data_chose_are_written(tiny, mixed, tmp_path, tool, scheme):
-    model, tokens = tiny
-    config = mixed(model, [tokens], scheme, runtime=tool)
-    with pytest.raises(ExportError, match=r"codes depend on calibration data: pass model=mpq.quantize\("):
-        mpq.export(config, tool, tmp_path / "a.onnx", model, sample=tokens)
-    quantized = mpq.quantize(model, config, calib=[tokens])
-    mpq.export(config, tool, tmp_path / "a.onnx", quantized, sample=tokens)
-    with torch.no_grad():
-        expected = quantized(tokens).numpy()
-    tolerance = 1e-5 if config["head"].activation is None else 0.02  # inputs on the edge of two codes
-    np.testing.assert_allclose(run(tmp_path / "a.onnx", tokens, "off"), expected, rtol=0, atol=tolerance)
-    nearest = mpq.quantize(model, mixed(model, [tokens], scheme.replace(":rsq", "").replace(":gptq", ""), runtime=tool))
-    assert not torch.equal(nearest.head.weight, quantized.head.weight)
-    changed = mpq.quantize(model, config, calib=[tokens])
-    changed.head.weight.data.mul_(2)
-    with pytest.raises(ConfigError, match="weight of layer 'head' was changed"):
-        mpq.export(config, tool, tmp_path / "a.onnx", changed, sample=tokens)
 
 
 def test_modules_that_are_called_twice(mixed, tmp_path):
