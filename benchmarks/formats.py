@@ -1,6 +1,6 @@
 """What number formats besides integers are worth: a mixed search against integers only, at equal stored bits.
 
-    python benchmarks/formats.py [--quick] [--models mobilenetv2 ...]
+    python benchmarks/formats.py [--quick] [--models mobilenetv2 ...] [--evaluations 16]
 
 Weights only. Both searches have the same sensitivity estimator, data and budget (``stored_bits``, so that scales and
 codebooks count), and measure as many configs on that data (`analysis.search`); the second may also give a layer
@@ -29,11 +29,10 @@ OTHERS = (
     "Wpow2_3,Wpow2_4,Wpost_3,Wpost_4"
 )
 BUDGETS = (3, 4)
-EVALUATIONS = 16
 SPACES = {"integers": INTEGERS, "all formats": f"{INTEGERS},{OTHERS}"}
 
 
-def measure(name: str, calib: int, evaluation: int) -> dict[str, Any]:
+def measure(name: str, calib: int, evaluation: int, evaluations: int) -> dict[str, Any]:
     """Measured divergence of both searches at every budget, and which formats the second chose."""
     model, data, test = MODELS[name](calib, evaluation)
     evaluator, own = (mpq.Evaluator(model, batches, progress=False) for batches in (test, data))
@@ -45,7 +44,7 @@ def measure(name: str, calib: int, evaluation: int) -> dict[str, Any]:
         for bits in BUDGETS:
             budget = f"stored_bits<={bits}"
             predicted = evaluator.measure(analysis.allocate(budget))
-            cfg = analysis.search(own, budget, evaluations=EVALUATIONS, progress=False).config
+            cfg = analysis.search(own, budget, evaluations=evaluations, progress=False).config
             assert cfg is not None
             measured = evaluator.measure(cfg)
             lost = measured.kl if measured.kl is not None else measured.mse
@@ -69,11 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the bundled ResNet-20 and few samples")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS))
+    parser.add_argument("--evaluations", type=int, default=16, help="configs that each search measures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.models or (["resnet20"] if options.quick else ["mobilenetv2", "efficientnet_lite0", "minilm"])
     sizes = {"resnet20": (128, 500), "mobilenetv2": (512, 1000), "efficientnet_lite0": (128, 372), "minilm": (128, 400)}
-    results = {name: measure(name, *sizes[name]) for name in names}
+    results = {name: measure(name, *sizes[name], options.evaluations) for name in names}
     goals = {}
     for name, found in results.items():
         for bits in BUDGETS:
