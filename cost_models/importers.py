@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from mpq.errors import FormatError
 from mpq.layers import LayerSpec
+from mpq.warning import warn
 
 Rows = list[dict[str, Any]]
 _TVM_FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "uint4": "int4"}
@@ -185,7 +185,7 @@ def from_tvm(path: str | Path) -> Rows:
         if key not in best or row["seconds"] < best[key]["seconds"]:
             best[key] = row
     if other:
-        warnings.warn(f"{path}: left out, no layers in NCHW: {', '.join(sorted(other))}", stacklevel=2)
+        warn(f"{path}: left out, no layers in NCHW: {', '.join(sorted(other))}")
     if not best:
         raise FormatError(f"{path}: no conv2d in NCHW and no dense workload in this AutoTVM log")
     return list(best.values())
@@ -274,7 +274,7 @@ def _named_rows(
         share = sum(times[n] for n in outside) / sum(times.values())
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
         listed = f"{', '.join(outside[:5])}{more}"
-        warnings.warn(f"{share:.1%} of the time is in no layer and left out: {listed}", stacklevel=3)
+        warn(f"{share:.1%} of the time is in no layer and left out: {listed}")
     found = {n: t for n, t in sums.items() if t > 0}
     if not found:
         raise FormatError("no name in the profile is that of a layer; was it made from another model?")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from mpq.errors import DataError
 from mpq.layers import LayerSpec
 from mpq.problem import Floats
 from mpq.quantizers import Scheme
+from mpq.warning import warn
 
 SCHEMES = ("W32", "W8A8", "W4:g32")
 _PAIRS = {"W32": ("fp32", "fp32"), "W8A8": ("int8", "int8"), "W4:g32": ("fp32", "fp32")}
@@ -278,6 +278,6 @@ def profile_model(
     graph = trace(view, Calibration.load(data, view.read, 1).batches[0])
     dilated = {x.name for x in graph if max(getattr(view.layers[x.name], "dilation", (1,))) > 1}
     if dilated:
-        warnings.warn(f"not measured, as they are dilated: {', '.join(sorted(dilated))}", stacklevel=2)
+        warn(f"not measured, as they are dilated: {', '.join(sorted(dilated))}")
     found = measure_layers([x for x in graph if x.name not in dilated], seconds=seconds, progress=progress)
     return write_profile(fit_profile(found, name), Path(path))

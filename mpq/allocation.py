@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from mpq.errors import BudgetError, MpqError
 from mpq.evaluation import Evaluator
 from mpq.export.runtimes import Runtime, find_runtime
 from mpq.frontier import Frontier
+from mpq.kept_codes import refuse_quantized
 from mpq.layers import LayerGraph
 from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers import Scheme, parse_schemes
@@ -36,6 +36,7 @@ from mpq.space import SearchSpace, layer_scheme, make_space
 from mpq.studies import search
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, Network, plain, preserved_state
+from mpq.warning import warn
 
 DEFAULT_SCHEMES = "W2A8,W3A8,W4A8,W8A8"
 _EXPECTED_COVERAGE = 0.8
@@ -102,9 +103,12 @@ def analyze(
     parsed = parse_schemes(_default_schemes(found_runtime) if schemes is None else schemes)
     groups = list(groups)
     model = plain(model)
+    refuse_quantized(model)
     with preserved_state(seed):
         view = ModelView(model, forward)
         data = Calibration.load(calib, view.read, max_samples)
+        if data.alike:
+            warn(f"all {data.num_samples} calibration samples have the same inputs")
         with torch.no_grad():
             output = view(data.batches[0])
         check_finite_output(output, "on the first calibration batch")
@@ -298,10 +302,9 @@ def _warn_of_low_coverage(graph: LayerGraph) -> None:
     if graph.parameters < _EXPECTED_COVERAGE * (graph.parameters + left_out):
         largest = sorted(others, key=lambda o: -o.parameters)[:3]
         names = "; ".join(f"{o.name} ({o.parameters:,} parameters): {o.reason}" for o in largest)
-        warnings.warn(
+        warn(
             f"only {graph.parameter_coverage:.0%} of the parameters are in layers that mpq can search. The largest "
-            f"outside: {names}",
-            stacklevel=3,
+            f"outside: {names}"
         )
 
 

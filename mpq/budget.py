@@ -29,7 +29,7 @@ UNITS: dict[str, dict[str, float]] = {
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "nJ": 1e-9, "pJ": 1e-12, "%": 0.01},
     "accuracy_drop": {"%": 0.01},  # percentage points; without a unit, .5 could be meant as half a point or as half
 }
-_BUDGET = re.compile(r"\s*(\w+)\s*(<=|≤)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
+_BUDGET = re.compile(r"\s*(\w+)\s*(<=|≤)\s*(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def rounded_up(metric: str, value: float) -> str:
     """
     known = {u: f for u, f in UNITS[metric].items() if u != "%" and "i" not in u}
     below = [u for u in known if known[u] <= value] or [min(known, key=known.__getitem__)]
-    unit = max(below, key=known.__getitem__)
+    unit = max(below, key=lambda u: (known[u], len(u)))  # B rather than nothing
     scaled = value / known[unit]
     step = 10.0 ** (math.floor(math.log10(scaled)) - 3)
     return f"{metric}<={math.ceil(scaled / step - 1e-9) * step:.10g}{unit}"

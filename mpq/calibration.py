@@ -170,6 +170,16 @@ class Calibration:
         """Samples over all batches."""
         return sum(b.size for b in self.batches)
 
+    @property
+    def alike(self) -> bool:
+        """Whether there are several samples, and all have the same inputs."""
+        first = self.batches[0].tensors()
+        return self.num_samples > 1 and all(
+            t.dim() > 0 and t.shape[1:] == f.shape[1:] and bool((t == f[:1]).all())
+            for batch in self.batches
+            for t, f in zip(batch.tensors(), first, strict=False)
+        )
+
     @classmethod
     def load(cls, data: Iterable[Any], read: Callable[[Any], Batch], max_samples: int | None = None) -> Calibration:
         """Take batches from any iterable until there are enough samples.

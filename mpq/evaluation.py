@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Sized
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -30,6 +29,7 @@ from mpq.losses import (
 from mpq.progress import progress_bar
 from mpq.trace import trace
 from mpq.view import Forward, ModelView, Network, plain, preserved_state
+from mpq.warning import warn
 
 _ONE_AT_A_TIME = RLock()  # a measurement swaps weights and hooks in: threads take turns
 
@@ -86,7 +86,7 @@ def _count(totals: _Totals, output: Any, batch: Batch) -> None:
         labels = labels[..., 0]
     if scores.shape[:-1] != labels.shape:
         unfit = f"labels of shape {tuple(batch.labels.shape)} don't fit class scores {tuple(logits.shape)}"
-        warnings.warn(f"no accuracy of these batches: {unfit}", stacklevel=2)
+        warn(f"no accuracy of these batches: {unfit}")
         return
     if labels_are_tokens(labels, batch):
         scores, labels = scores[:, :-1], labels[:, 1:]
@@ -140,7 +140,10 @@ def evaluate(
                 _add(float_totals, expected, batch, None, None)
     if totals.samples == 0:
         raise DataError("the data is empty: no batch with at least one sample (is a generator already used up?)")
-    return replace(totals.result(), float_accuracy=float_totals.result().accuracy if reference is not None else None)
+    measured = totals.result()
+    if (measured.accuracy, measured.loss, measured.kl, measured.mse) == (None, None, None, None):
+        raise DataError("nothing can be measured: pass batches with labels that fit the outputs, or reference=")
+    return replace(measured, float_accuracy=float_totals.result().accuracy if reference is not None else None)
 
 
 class Evaluator:

@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 from keyword import iskeyword, kwlist
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,8 @@ def load_onnx(path: str | os.PathLike[str]) -> fx.GraphModule:
     require(("onnx",), "export-onnx")
     import onnx
 
+    if not Path(path).exists():
+        raise GraphError(f"{path} does not exist")
     try:
         proto = onnx.load(os.fspath(path))
         versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]

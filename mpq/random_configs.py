@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ from mpq.errors import DataError, MpqError
 from mpq.problem import Floats, Ints
 from mpq.quantizers.formats import NumberFormat
 from mpq.space import SearchSpace
+from mpq.warning import warn
 
 FEWEST = 3  # configs for a rank correlation to mean anything
 _BINS = 10
@@ -106,7 +106,7 @@ class RandomConfigs:
         )
         if found < FEWEST:
             raise MpqError(text)
-        warnings.warn(text, stacklevel=3)
+        warn(text)
 
     def _loss(self, pick: Ints, measure: Callable[..., Measured]) -> float:
         measured = measure(self._analysis.config(pick))

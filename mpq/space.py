@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 
 from mpq.cost_models.devices import Device
 from mpq.errors import ConfigError, FormatError, GraphError
-from mpq.export.runtimes import Runtime
+from mpq.export.runtimes import RUNTIMES, Runtime
 from mpq.layers import LayerGraph, LayerGroup, LayerSpec, make_groups
 from mpq.quantizers import Scheme, parse_schemes
+from mpq.warning import warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def make_space(
     absent = [str(s) for s in wanted if s not in usable]
     if usable and absent:
         left_out = f"left out, without a kernel on {device.name}: {', '.join(absent)}"
-        warnings.warn(f"{left_out}; it runs {device.kernel_names()}", stacklevel=3)
+        warn(f"{left_out}; it runs {device.kernel_names()}")
     if not usable:
         names = ", ".join(map(str, wanted))
         raise FormatError(f"none of {names} has a kernel on {device.name}; it runs {device.kernel_names()}")
@@ -173,7 +173,7 @@ def make_space(
             raise GraphError(f"layer {name!r} is skipped, so it can't be pinned or grouped; remove one of the two")
     layers = tuple(x for x in graph if x.name not in skipped)
     if not layers:
-        why = next((f", such as {name!r}: {reason}" for name, reason in unfit.items()), "")
+        why = next((f", such as {name!r}: {reason}{_elsewhere(graph[name])}" for name, reason in unfit.items()), "")
         raise GraphError(f"every layer is skipped; nothing is left to search{why}")
     columns = tuple(dict.fromkeys([*usable, *pinned.values()]))
     if share_inputs is None:
@@ -205,7 +205,7 @@ def _loadable(schemes: tuple[Scheme, ...], runtime: Runtime) -> tuple[Scheme, ..
     if not found:
         raise FormatError(f"{runtime.name} loads none of {', '.join(absent)}; it loads {runtime.formats()}")
     if absent:
-        warnings.warn(f"left out, not for {runtime.name}: {', '.join(absent)}", stacklevel=4)
+        warn(f"left out, not for {runtime.name}: {', '.join(absent)}")
     return found
 
 
@@ -239,8 +239,15 @@ def _by_runtime(
             unfit |= {n: f"{runtime.name} loads {', '.join(members)} as one" for n in members if n not in skipped}
     if unfit:
         first = next(iter(unfit))
-        warnings.warn(f"{len(unfit)} layers stay float, such as {first!r}: {unfit[first]}", stacklevel=4)
+        share = sum(graph[n].parameters for n in unfit) / sum(x.parameters for x in graph)
+        warn(f"{len(unfit)} layers ({share:.0%} of the parameters) stay float, such as {first!r}: {unfit[first]}")
     return unfit, [m for m in fused if not set(m) & {*unfit, *skipped}]
+
+
+def _elsewhere(layer: LayerSpec) -> str:
+    """Runtimes that quantize layers of a kind."""
+    names = ", ".join(n for n, r in RUNTIMES.items() if layer.op in r.ops)
+    return f"; {layer.op} layers are quantized by {names or 'none of the runtimes'}"
 
 
 def _refused(group: LayerGroup, scheme: Scheme, runtime: Runtime | None) -> tuple[str, str] | None:

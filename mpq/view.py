@@ -161,10 +161,15 @@ class ModelView:
             if isinstance(self.module, fx.GraphModule):
                 names = [str(n.target) for n in self.module.graph.nodes if n.op == "placeholder"]
                 labels += f" for the inputs {', '.join(names)}"
-            raise DataError(
-                f"the model can't run a batch of inputs [{shapes}]{labels}: {type(error).__name__}: {error}. "
+            fix = (
                 "Batches may be tensors, (inputs, labels) tuples or dicts of keyword arguments; for anything "
                 "else pass forward=lambda model, batch: ..."
+            )
+            dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+            if "type" in str(error) and dtype not in {t.dtype for t in batch.tensors()}:
+                fix = f"The model's weights are {dtype}: convert the batch, such as x.to({dtype})"
+            raise DataError(
+                f"the model can't run a batch of inputs [{shapes}]{labels}: {type(error).__name__}: {error}. {fix}"
             ) from error
 
     @contextmanager

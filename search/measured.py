@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mpq.errors import MpqError
 from mpq.problem import Floats, Ints, Problem, Status
 from mpq.search.evaluations import Evaluations, Stop, Trace
 from mpq.search.feasible import roomiest
+from mpq.warning import warn
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,7 +108,7 @@ class MeasuredSearch(ABC):
             if stop.__cause__ is not None:
                 if not len(evaluations.trace):
                     raise stop.__cause__ from None
-                warnings.warn(f"{self.name} ended early: {message}; the best so far is returned", stacklevel=2)
+                warn(f"{self.name} ended early: {message}; the best so far is returned")
         return _solution(evaluations.trace, problem, self.name, time.perf_counter() - started, message)
 
     @abstractmethod

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -49,6 +48,7 @@ from mpq.layers import LayerSpec
 from mpq.quantizers import NumberFormat, Scheme
 from mpq.sensitivity.table import SensitivityTable
 from mpq.space import SearchSpace, layer_scheme
+from mpq.warning import warn
 
 Mask = NDArray[np.bool_]
 
@@ -113,21 +113,16 @@ class Gate:
                 lines.append(f"  and {len(members) - _SHOWN} more: {kind}")
         return "\n".join(lines)
 
-    def warn(self, stacklevel: int = 3) -> None:
-        """Warn once of groups that were quarantined, and once of all other findings.
-
-        Args:
-            stacklevel: Whom the warning names; by default the caller of the function that calls this.
-        """
+    def warn(self) -> None:
+        """Warn once of groups that were quarantined, and once of all other findings."""
         found, others = ([f for f in self.findings if f.quarantined == q] for q in (True, False))
         if found:
-            warnings.warn(
+            warn(
                 f"{len(self.quarantined)} of {len(self.space.groups)} groups have scores that can't be used and are "
-                f"not searched: {_listed(found)}. Skip or pin them, or try more data or another estimator",
-                stacklevel=stacklevel,
+                f"not searched: {_listed(found)}. Skip or pin them, or try more data or another estimator"
             )
         if others:
-            warnings.warn(f"looks wrong, but is kept: {_listed(others)}", stacklevel=stacklevel)
+            warn(f"looks wrong, but is kept: {_listed(others)}")
 
     def provenance(self) -> list[dict[str, str]]:
         """The findings as JSON holds them."""

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -159,11 +160,36 @@ def test_bad_options_are_refused(example, options, match):
         ([torch.full((2, 1, 28, 28), float("nan"))], "batch 0 of the data holds NaN"),
         (["text"], "must be a tensor"),
         ([{"pixels": torch.randn(2, 1, 28, 28)}], "can't run a batch"),
+        ([torch.randn(2, 1, 28, 28).double()], r"weights are torch\.float32: convert the batch, such as x\.to\(torch"),
+        ([torch.zeros(2, 1, 28, 28, dtype=torch.uint8)], r"weights are torch\.float32: convert the batch"),
     ],
 )
 def test_bad_data_is_refused(example, data, match):
     with pytest.raises(DataError, match=match):
         mpq.analyze(example[0], data, progress=False)
+
+
+def test_quantized_models_are_refused(example, analysis):
+    quantized = mpq.quantize(example[0], analysis.allocate("avg_bits<=4"))
+    with pytest.raises(ConfigError, match="quantized already; pass the float model"):
+        mpq.allocate(quantized, example[1][:1], "avg_bits<=4", progress=False)
+
+
+def test_warnings_name_the_users_line():
+    model, batch = nn.Sequential(nn.Linear(4, 3)), torch.ones(3, 4)
+    with pytest.warns(UserWarning, match="all 3 calibration samples have the same inputs") as caught:
+        mpq.allocate(model, [batch[:2], batch[:1]], "avg_bits<=4", "W4", estimator="weight_sqnr", progress=False)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mpq.analyze(model, [batch, 2 * batch], "W4", estimator="weight_sqnr", progress=False)
+
+
+def test_nothing_to_measure_is_an_error(example):
+    model, _, test = example
+    with pytest.raises(DataError, match="nothing can be measured: pass batches with labels"):
+        mpq.evaluate(model, [test[0][0][:4]], progress=False)
+    assert mpq.evaluate(model, [test[0][0][:4]], reference=model, progress=False).kl == pytest.approx(0, abs=1e-6)
 
 
 def test_nan_weights_activations_and_outputs_are_named(example):

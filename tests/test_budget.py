@@ -32,7 +32,7 @@ def test_budgets_parse(text, metric, value, relative):
         ("size", "is not a budget"),
         ("size>=3", "is not a budget"),
         ("size<=", "is not a budget"),
-        ("size<=-3", "is not a budget"),
+        ("size<=-3", "the limit in 'size<=-3' must be a positive number"),
         ("volume<=3", "unknown metric 'volume'"),
         ("size<=3ms", "unknown unit 'ms' for size"),
         ("avg_bits<=4%", "unknown unit '%'"),

@@ -283,7 +283,8 @@ def test_routers_stay_float(name):
 def test_a_search_leaves_routers_float(tmp_path):
     model = nn.Sequential(OrderedDict(mlp=nn.Sequential(OrderedDict(gate=nn.Linear(64, 64), up=nn.Linear(64, 64)))))
     options = {"estimator": "weight_sqnr", "progress": False}
-    with pytest.warns(UserWarning, match=r"1 layers stay float, such as 'mlp.gate': .*, being a router"):
+    why = r"1 layers \(50% of the parameters\) stay float, such as 'mlp.gate': .*, being a router"
+    with pytest.warns(UserWarning, match=why):
         analysis = mpq.analyze(model, [torch.randn(4, 64)], "W4,W8", runtime="vllm", **options)
     assert [x.name for x in analysis.space.layers] == ["mlp.up"]
     found = mpq.export(analysis.allocate("avg_bits<=8"), "vllm", tmp_path / "x")

@@ -9,7 +9,8 @@ from llama import analysed, mixed, tiny_llama, tokens
 from torch import nn
 
 import mpq
-from mpq.errors import FormatError
+from mpq.errors import FormatError, GraphError
+from mpq.export import RUNTIMES
 
 pytest.importorskip("transformers", reason="needs transformers")
 
@@ -130,9 +131,20 @@ def test_pins_are_held_against_the_runtime():
         mpq.analyze(model, data, "W4:g32,W8", pin={"0": "W4:g128"}, **options)
     pinned = mpq.analyze(model, data, "W4:g64", pin={"0": "W8"}, **options)  # without the pin it stays float
     assert {n: str(c.scheme) for n, c in pinned.allocate("size<=90%").items()} == {"0": "W8", "1": "W4:g64"}
-    with pytest.warns(UserWarning, match="1 layers stay float, such as '0'"):
+    with pytest.warns(UserWarning, match=r"1 layers \(.*% of the parameters\) stay float, such as '0'"):
         config = mpq.analyze(model, data, "W4:g64", **options).allocate("size<=90%")
     assert "divide the 96 input features" in next(o.reason for o in config.outside if o.name == "0")
+
+
+def test_runtimes_of_other_layers_are_named(example):
+    with pytest.raises(GraphError, match=r"nothing is left to search, .* conv2d layers are quantized by .*onnx-qdq"):
+        mpq.analyze(nn.Sequential(nn.Conv2d(1, 2, 3)), example[1][:1], runtime="gptqmodel", progress=False)
+
+
+def test_default_schemes_of_runtimes_have_several_widths():
+    for runtime in RUNTIMES.values():
+        schemes = runtime.examples()
+        assert len({s.weight.bits for s in schemes}) >= 2, runtime.name
 
 
 def test_trouble_of_a_tool_is_not_blamed_on_the_path(tmp_path, monkeypatch):

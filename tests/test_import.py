@@ -66,6 +66,12 @@ def write(path, data):
     return path
 
 
+def test_our_own_files_are_called_so(model, tmp_path):
+    analysed(model, "W4:g32").allocate("avg_bits<=4").save(tmp_path / "bits.json")
+    with pytest.raises(ConfigError, match=r"bits\.json is a file of mpq's own, with schema 'mpq/bitconfig-1'"):
+        mpq.import_config("json", tmp_path / "bits.json", model, tokens())
+
+
 def test_gptqmodel_rules_as_people_write_them(model, tmp_path):
     dynamic = {
         r"-:.*\.gate_proj": {},

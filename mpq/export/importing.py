@@ -119,6 +119,8 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} can't be read: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no settings")
+    if str(found.get("schema")).startswith("mpq/"):
+        raise ConfigError(f"{path} is a file of mpq's own, with schema {found['schema']!r}; mpq.load reads configs")
     for key in ("quantization_config", "quantization"):
         if isinstance(found.get(key), dict):
             inner: dict[str, Any] = found[key]

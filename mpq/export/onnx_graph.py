@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import update_wrapper
 from inspect import Signature, signature
 from itertools import chain, count
@@ -207,7 +208,12 @@ def onnx_exporter(runtime: str) -> Callable[[Callable[..., Exported]], Callable[
             check(config, RUNTIMES[runtime], model)
             extra = "export-aimet" if runtime == "aimet" else EXTRA
             graph = trace_onnx(config, model, sample, dynamic_batch=dynamic_batch, dynamo=dynamo, extra=extra)
-            return write(config, path, graph, **options)
+            exported = write(config, path, graph, **options)
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None) if model else None
+            if dtype in (None, torch.float32):
+                return exported
+            step = f"{exported.next_step}; inputs, outputs and what stays float are float32 there, not {dtype}"
+            return replace(exported, next_step=step)
 
         own = [p for p in signature(write).parameters.values() if p.kind is p.KEYWORD_ONLY]
         shared = [p for p in signature(exporter).parameters.values() if p.kind is not p.VAR_KEYWORD]

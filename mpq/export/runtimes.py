@@ -27,7 +27,14 @@ _CODES_ONLY = {"stochastic", "adaround", "flexround", "adaquant", "gptq", "rsq"}
 # Named in errors, where a runtime loads them.
 _COMMON = (
     *("W8", "W4", "W8:g32", "W4:g32", "W4:g64", "W2:g32", "W4:g32:asym", "W3:g16", "W6:g16", "W8:tensor"),
-    *("W4:tensor:p2", "W4:tensor:p2A8:sym:p2", "W8A8", "W4A8", "W8A8:token", "W8A8:sym"),
+    *(
+        "W4:tensor:p2",
+        *(f"W{bits}:tensor:p2A8:sym:p2" for bits in (3, 4, 6, 8)),
+        "W8A8",
+        "W4A8",
+        "W8A8:token",
+        "W8A8:sym",
+    ),
     *("Wfp8_e4m3", "Wnf4", "Wmxfp4", "Wnvfp4"),
 )
 _MATRICES = frozenset(["linear", "attention_in_proj"])
