@@ -22,6 +22,7 @@ import torch
 from real_models import MODELS
 
 import mpq
+from mpq.search import Refine
 
 INTEGERS = "W2,W3,W4,W5,W6,W8,W2:g32,W3:g32,W4:g32,W2:asym,W3:asym,W4:asym"
 OTHERS = (
@@ -44,13 +45,16 @@ def measure(name: str, calib: int, evaluation: int, evaluations: int) -> dict[st
         for bits in BUDGETS:
             budget = f"stored_bits<={bits}"
             predicted = evaluator.measure(analysis.allocate(budget))
-            cfg = analysis.search(own, budget, evaluations=evaluations, progress=False).config
+            search = Refine(handful=evaluations)  # it spends them all
+            cfg = analysis.search(own, budget, search, evaluations=evaluations, progress=False).config
             assert cfg is not None
+            assert cfg.measured is not None
             measured = evaluator.measure(cfg)
             lost = measured.kl if measured.kl is not None else measured.mse
             families = Counter(choice.weight.base for choice in cfg.layers.values())
             found[f"{bits}, {space}"] = {
                 "lost": lost,
+                "lost_on_calibration_data": cfg.measured.kl if cfg.measured.kl is not None else cfg.measured.mse,
                 "accuracy": measured.accuracy,
                 "lost_as_predicted": predicted.kl if predicted.kl is not None else predicted.mse,
                 "predicted": cfg.predicted["with_interactions"] or cfg.predicted_loss,
