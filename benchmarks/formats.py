@@ -1,6 +1,6 @@
 """What number formats besides integers are worth: a mixed search against integers only, at equal stored bits.
 
-    python benchmarks/formats.py [--quick] [--models mobilenetv2 ...] [--evaluations 16]
+    python benchmarks/formats.py [--quick] [--models mobilenetv2 ...] [--evaluations 48]
 
 Weights only. Both searches have the same sensitivity estimator, data and budget (``stored_bits``, so that scales and
 codebooks count), and measure as many configs on that data (`analysis.search`); the second may also give a layer
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the bundled ResNet-20 and few samples")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS))
-    parser.add_argument("--evaluations", type=int, default=16, help="configs that each search measures")
+    parser.add_argument("--evaluations", type=int, default=48, help="configs that each search measures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.models or (["resnet20"] if options.quick else ["mobilenetv2", "efficientnet_lite0", "minilm"])
