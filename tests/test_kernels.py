@@ -147,6 +147,19 @@ def test_tensors_to_write_to_must_fit():
         fake_quantize_all(tensor(), [fmt], outs=[])
 
 
+@pytest.mark.parametrize("name", ["int4:hadamard", "int4:gptq", "nf4:lorc8", "int4:sparse5", "int4:nested:awq"])
+def test_recipes_are_not_left_out_silently(name):
+    fmt, x = NumberFormat.parse(name), tensor()
+    for function in (quantize, fake_quantize):
+        with pytest.raises(FormatError, match=f"{name} has a recipe .*: use apply_recipe"):
+            function(x, fmt)
+    for function in (quantize_all, fake_quantize_all):
+        with pytest.raises(FormatError, match="use apply_recipe"):
+            function(x, [NumberFormat.parse("int4"), fmt])
+    with pytest.raises(FormatError, match="use apply_recipe"):
+        fake_quantize(x, fmt, method="minmax", compile=True)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["int4", "int4:g8", "int8:tensor", "nf4", "fp8_e4m3", "mxfp4", "fp4_e2m1:raw", "bf16"])
 def test_what_is_not_finite_is_refused(name, bad, chunks):

@@ -66,7 +66,14 @@ def _check(x: Tensor) -> None:
         raise FormatError(f"the tensor {list(x.shape)} holds NaN or infinity")
 
 
+def _check_plain(fmt: NumberFormat) -> None:
+    """A recipe left out without a word would pass plain rounding off as something better."""
+    if fmt.recipe:
+        raise FormatError(f"{fmt.name} has a recipe ({':'.join(fmt.recipe)}): use apply_recipe, which follows it")
+
+
 def _check_codes(x: Tensor, fmt: NumberFormat) -> None:
+    _check_plain(fmt)
     if not x.is_floating_point():
         raise FormatError(f"only floating-point tensors can be quantized, not {x.dtype}")
     if fmt.plain_float:
@@ -87,14 +94,14 @@ def quantize(
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: Any format but a plain cast.
+        fmt: Any format without a recipe but a plain cast.
         channel_axis: The output-channel axis of ``x``; tokens are the rows along its last axis whatever this is.
         method: Range rule, see `find_range`.
         importance: Non-negative weights of the elements' squared errors, broadcast to ``x``; None: all alike.
 
     Raises:
-        FormatError: If the format has no codes, the tensor is not floating point or holds NaN or infinity, or the range
-            rule is unknown.
+        FormatError: If the format has no codes or has a recipe, the tensor is not floating point or holds NaN or
+            infinity, or the range rule is unknown.
     """
     return quantize_all(x, [fmt], channel_axis, method, importance)[fmt]
 
@@ -129,7 +136,7 @@ def fake_quantize(
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: Any format.
+        fmt: Any format without a recipe; with one see `mpq.quantizers.apply_recipe`.
         channel_axis: The output-channel axis of ``x``.
         method: Range rule, see `find_range`.
         importance: As for `quantize`.
@@ -144,6 +151,7 @@ def fake_quantize(
         FormatError: See `quantize`; or ``out`` has another shape or dtype. Where the tensor is refused for NaN or
             infinity, ``out`` may be half written.
     """
+    _check_plain(fmt)
     if compile and method == "minmax" and coder_of(fmt) is None:
         out = torch.empty_like(x, requires_grad=False) if out is None else out
         _check_out(x, out)
@@ -186,7 +194,7 @@ def fake_quantize_all(
 
     Args:
         x: Floating-point tensor of any shape.
-        formats: Any formats.
+        formats: Any formats without recipes.
         channel_axis: The output-channel axis of ``x``.
         method: Range rule, see `find_range`.
         importance: As for `quantize`.
@@ -201,6 +209,7 @@ def fake_quantize_all(
         raise FormatError(f"there are {len(chosen)} formats, but {len(targets)} tensors to write to")
     together = []
     for fmt, out in zip(chosen, targets, strict=True):
+        _check_plain(fmt)
         _check_out(x, out)
         if coder_of(fmt) is None:
             together.append((fmt, out))
@@ -261,7 +270,7 @@ def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> 
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: A float format without scales, or a per-tensor format.
+        fmt: A float format without scales, or a per-tensor format; its recipe is the basis that ``x`` is in already.
         lo: Lower end of the calibrated range, at most 0.
         hi: Upper end, at least 0.
     """
@@ -281,7 +290,7 @@ def fake_quantize_dynamic(x: Tensor, fmt: NumberFormat, feature_axis: int = -1) 
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: A format by ``token``, ``group:G`` or ``cross``.
+        fmt: A format by ``token``, ``group:G`` or ``cross``; its recipe is the basis that ``x`` is in already.
         feature_axis: Axis of the features: the last for tokens, the second for images.
     """
     if x.dim() == 0:
