@@ -84,8 +84,6 @@ def chunks(request, monkeypatch):
 def test_chunks_are_bit_identical_to_rounding_at_once(name, chunks):
     fmt = NumberFormat.parse(name)
     for shape, axis in (((12, 40), 0), ((5, 6, 3, 3), 0), ((6, 10), 1), ((7,), 0), ((1, 3), 0)):
-        if fmt.granularity == "token" and axis:
-            continue
         x = tensor(shape) ** 3
         expected = plain(x, fmt, axis)
         torch.testing.assert_close(fake_quantize(x, fmt, axis, "minmax"), expected, rtol=0, atol=0)
@@ -320,6 +318,10 @@ def test_loss_aware_range_asks_for_each_candidate_and_takes_the_best():
     # A loss that sees only the largest element wants the whole range.
     whole = loss_aware_range(x, fmt, lambda t: -t.abs().amax().item())
     assert torch.equal(whole[1].amax(), x.amax())
+    tokens = NumberFormat.parse("int4:token")  # whatever the axis, each row as it lies
+    losses = []
+    loss_aware_range(x, tokens, lambda t: losses.append(t) or 0.0, 1, channel_axis=1)
+    assert torch.equal(losses[0], fake_quantize(x, tokens, 1, "minmax"))
     with pytest.raises(FormatError, match="no finite number"):
         loss_aware_range(x, fmt, lambda t: math.nan)
     with pytest.raises(FormatError, match="candidates"):

@@ -16,7 +16,7 @@ from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks, to_blocks
 from mpq.quantizers.formats import TRITS_PER_BYTE, NumberFormat
 from mpq.quantizers.grids import FloatGrid, TableGrid, grid_of
-from mpq.quantizers.tensors import QuantizedTensor, coder_of
+from mpq.quantizers.tensors import QuantizedTensor, block_axis, coder_of
 
 SCALE_DTYPES = {
     "fp32": torch.float32,
@@ -209,7 +209,7 @@ def from_parts(
     if codebook is not None and not bool(torch.isfinite(codebook).all()):
         raise FormatError("codebook holds NaN or infinity")
     blocks = to_blocks(codes.reshape(shape), fmt, channel_axis)
-    return QuantizedTensor(blocks, scale, zero, fmt, shape, channel_axis, outer, codebook)
+    return QuantizedTensor(blocks, scale, zero, fmt, shape, block_axis(fmt, channel_axis), outer, codebook)
 
 
 def check_layout(parts: Mapping[str, Tensor], expected: Layout) -> None:

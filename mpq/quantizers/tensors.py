@@ -36,7 +36,7 @@ class QuantizedTensor:
         zero_point: ``[blocks, 1]``, all zero for symmetric formats.
         fmt: The format.
         shape: Shape of the original tensor.
-        channel_axis: Its output-channel axis.
+        channel_axis: Its output-channel axis; 0 by ``token``.
         outer: What is stored beside the scales: of NVFP4 the factor that is in all of them, ``[1, 1]``; of ``cross``
             the factors of the columns, ``[1, elements]``; of ``progressive`` those of the channels, ``[channels, 1]``;
             of ``nupes`` the exponent, ``[1, 1]``; else None.
@@ -51,6 +51,11 @@ class QuantizedTensor:
     channel_axis: int
     outer: Tensor | None = None
     codebook: Tensor | None = None
+
+
+def block_axis(fmt: NumberFormat, channel_axis: int) -> int:
+    """The axis that blocks are arranged by: rows of tokens lie as they are stored, whatever the output channels."""
+    return 0 if fmt.granularity == "token" else channel_axis
 
 
 def coder_of(fmt: NumberFormat) -> Any:
@@ -238,7 +243,8 @@ def quantize_all(
     found = {}
     for fmt, parts in zip(together, quantize_rows(x, together, channel_axis, method, importance), strict=True):
         codes, scale, zero, outer = parts
-        found[fmt] = QuantizedTensor(codes, scale, zero, fmt, tuple(x.shape), channel_axis, outer)
+        axis = block_axis(fmt, channel_axis)
+        found[fmt] = QuantizedTensor(codes, scale, zero, fmt, tuple(x.shape), axis, outer)
     for fmt in chosen:
         if fmt not in found:
             _check(x)
