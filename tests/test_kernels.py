@@ -35,6 +35,7 @@ FORMATS = (
     *("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp4_e2m1:g16", "fp8_e4m3:tensor", "fp4_e2m1:raw", "mxfp4", "mxfp8_e5m2"),
     *("mxint8", "nvfp4", "nf4", "nf4:g8", "nf4:tensor", "fp4_bnb", "pow2_4", "post_4", "log2_4", "ternary", "binary"),
 )
+TABLES = [f"{name}:tensor" for name in ("nf4", "fp4_bnb", "pow2_4", "post_3", "log2_4", "ternary", "binary", "int1")]
 
 
 def tensor(shape=(12, 40), seed=0, dtype=torch.float32):
@@ -136,6 +137,20 @@ def test_activations_round_alike_with_gradients_and_in_inference(name):
     assert torch.equal(fake_quantize_static(x, fmt, -2.0, 3.0), expected)
 
 
+@pytest.mark.parametrize(
+    "name", ["int8:tensor", "int4:tensor:asym", "fp8_e4m3:tensor", "fp4_e2m1:raw", "fp16", *TABLES]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_activations_that_are_no_numbers_stay_so(name, dtype):
+    """A network that breaks must not look sound."""
+    for size in (10, 10_000):  # by bisection and by tables
+        for bad in (math.nan, -math.nan):
+            x = tensor((size,), 1, dtype)
+            x[3] = bad
+            rounded = fake_quantize_static(x, NumberFormat.parse(name), -2.0, 3.0)
+            assert torch.equal(rounded.isnan(), x.isnan())
+
+
 def test_tensors_to_write_to_must_fit():
     fmt = NumberFormat.parse("int4")
     for out in (torch.empty(12, 41), torch.empty(12, 40, dtype=torch.float64)):
@@ -197,7 +212,10 @@ def test_tables_find_what_bisection_finds(name, dtype):
     ends = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, math.inf, -math.inf, math.nan], dtype=dtype)
     near = [torch.nextafter(t, t + side) for t in (levels, middles) for side in (9, -9)]
     x = torch.cat([levels, middles, *near, ends, tensor((5000,), 1, dtype) * max(values) / 2])
-    assert torch.equal(nearest_by_tables(x, values, values, torch.empty_like(x)), nearest(x, values, values))
+    expected = nearest(x, values, values)
+    assert torch.equal(expected.isnan(), x.isnan())
+    found = nearest_by_tables(x, values, values, torch.empty_like(x))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_codes_of_minifloats_are_those_of_torch():

@@ -272,7 +272,7 @@ def cast(x: Tensor, fmt: NumberFormat) -> Tensor:
 
 
 def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> Tensor:
-    """Round an activation tensor to a format with a range known beforehand.
+    """Round an activation tensor to a format with a range known beforehand; NaN stays, infinity becomes an end.
 
     Args:
         x: Floating-point tensor of any shape.
