@@ -242,7 +242,10 @@ def test_activations_with_known_ranges(fmt, seed, size, dtype):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(["int8:token", "int4:token:asym", "fp8_e4m3:token", "mxfp4", "int8:g3", "nf4:token"]), seeds)
+@given(
+    st.sampled_from(["int8:token", "int4:token:asym", "fp8_e4m3:token", "mxfp4", "mxint8:g2", "int8:g3", "nf4:token"]),
+    seeds,
+)
 def test_activations_with_scales_of_their_own(name, seed):
     fmt = NumberFormat.parse(name)
     x = tensor(seed, (2, 5, 7), torch.float32)
@@ -254,8 +257,14 @@ def test_activations_with_scales_of_their_own(name, seed):
         assert len(quantize(x, fmt).scale) == fmt.num_scales(x.shape) == 10
     assert fake_quantize_dynamic(torch.tensor(1.5), fmt).shape == ()
     assert fake_quantize_dynamic(torch.empty(3, 0), fmt).shape == (3, 0)
-    x[0, 0, 0] = math.inf  # a network that breaks is measured, not refused
-    assert torch.equal(fake_quantize_dynamic(x, fmt)[1], rows[1])
+    for bad in (math.inf, -math.inf, math.nan):  # a network that breaks is measured, not refused
+        x[0, 0, 0] = bad
+        broken = fake_quantize_dynamic(x, fmt)
+        assert torch.equal(broken[1], rows[1])
+        width = (fmt.block or (1, 7))[1]
+        assert broken[0, 0, :width].isnan().all()
+        assert torch.equal(broken[0, 0, width:], rows[0, 0, width:])
+        assert torch.equal(broken[0, 1:], rows[0, 1:])
 
 
 @pytest.mark.parametrize("name", ["int4:g16", "int8:g16", "int12:g16", "fp6_e3m2:g16"])

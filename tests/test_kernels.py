@@ -35,7 +35,6 @@ FORMATS = (
     *("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp4_e2m1:g16", "fp8_e4m3:tensor", "fp4_e2m1:raw", "mxfp4", "mxfp8_e5m2"),
     *("mxint8", "nvfp4", "nf4", "nf4:g8", "nf4:tensor", "fp4_bnb", "pow2_4", "post_4", "log2_4", "ternary", "binary"),
 )
-TABLES = [f"{name}:tensor" for name in ("nf4", "fp4_bnb", "pow2_4", "post_3", "log2_4", "ternary", "binary", "int1")]
 
 
 def tensor(shape=(12, 40), seed=0, dtype=torch.float32):
@@ -137,20 +136,6 @@ def test_activations_round_alike_with_gradients_and_in_inference(name):
     assert torch.equal(fake_quantize_static(x, fmt, -2.0, 3.0), expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["int8:tensor", "int4:tensor:asym", "fp8_e4m3:tensor", "fp4_e2m1:raw", "fp16", *TABLES]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_activations_that_are_no_numbers_stay_so(name, dtype):
-    """A network that breaks must not look sound."""
-    for size in (10, 10_000):  # by bisection and by tables
-        for bad in (math.nan, -math.nan):
-            x = tensor((size,), 1, dtype)
-            x[3] = bad
-            rounded = fake_quantize_static(x, NumberFormat.parse(name), -2.0, 3.0)
-            assert torch.equal(rounded.isnan(), x.isnan())
-
-
 def test_tensors_to_write_to_must_fit():
     fmt = NumberFormat.parse("int4")
     for out in (torch.empty(12, 41), torch.empty(12, 40, dtype=torch.float64)):
@@ -158,29 +143,6 @@ def test_tensors_to_write_to_must_fit():
             fake_quantize(tensor(), fmt, out=out)
     with pytest.raises(FormatError, match="1 formats, but 0 tensors"):
         fake_quantize_all(tensor(), [fmt], outs=[])
-
-
-@pytest.mark.parametrize("name", ["int4:hadamard", "int4:gptq", "nf4:lorc8", "int4:sparse5", "int4:nested:awq"])
-def test_recipes_are_not_left_out_silently(name):
-    fmt, x = NumberFormat.parse(name), tensor()
-    for function in (quantize, fake_quantize):
-        with pytest.raises(FormatError, match=f"{name} has a recipe .*: use apply_recipe"):
-            function(x, fmt)
-    for function in (quantize_all, fake_quantize_all):
-        with pytest.raises(FormatError, match="use apply_recipe"):
-            function(x, [NumberFormat.parse("int4"), fmt])
-    with pytest.raises(FormatError, match="use apply_recipe"):
-        fake_quantize(x, fmt, method="minmax", compile=True)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["int4", "int4:g8", "int8:tensor", "nf4", "fp8_e4m3", "mxfp4", "fp4_e2m1:raw", "bf16"])
-def test_what_is_not_finite_is_refused(name, bad, chunks):
-    x = tensor()
-    x[7, 30] = bad
-    for method in ("minmax", "mse", "kl") if name == "int8:tensor" else ("minmax",):
-        with pytest.raises(FormatError, match="NaN or infinity"):
-            fake_quantize(x, NumberFormat.parse(name), method=method)
 
 
 @settings(max_examples=30, deadline=None)
@@ -352,22 +314,6 @@ def test_malformed_range_methods_are_refused(method):
         parse_range_method(method)
 
 
-def test_peak_memory_is_below_twice_the_tensor():
-    x = torch.randn(1024, 4096)
-    size = x.numel() * 4
-    for name in ("int4:g128", "fp8_e4m3", "nf4"):
-        for method in ("minmax", "mse") if name == "int4:g128" else ("minmax",):
-            out, fmt = torch.empty_like(x), NumberFormat.parse(name)
-            with torch.profiler.profile(profile_memory=True) as profile:
-                fake_quantize(x, fmt, 0, method, out=out)
-            live = peak = 0
-            for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-                if event.name() == "[memory]":
-                    live += event.nbytes()
-                    peak = max(peak, live)
-            assert peak < 2 * size
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("name", ["int4", "int4:g8:asym", "fp8_e4m3", "nf4:g8"])
@@ -380,6 +326,10 @@ def test_compiled_loops_give_the_same_bits(name):
     x[3, 3] = math.nan
     with pytest.raises(FormatError, match="NaN or infinity"):
         fake_quantize(x, fmt, 0, "minmax", compile=True)
+    if fmt.scale == "fp16":
+        x[3, 3] = 1e7
+        with pytest.raises(FormatError, match="stored in fp16"):
+            fake_quantize(x, fmt, 0, "minmax", compile=True)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4:b2x8", "int8:tensor", "fp16", "mxint8", "int4:g7"])

@@ -105,8 +105,8 @@ def quantize(
         importance: Non-negative weights of the elements' squared errors, broadcast to ``x``; None: all alike.
 
     Raises:
-        FormatError: If the format has no codes or has a recipe, the tensor is not floating point or holds NaN or
-            infinity, or the range rule is unknown.
+        FormatError: If the format has no codes or has a recipe, the tensor is not floating point, holds NaN or infinity
+            or is too large for the type of the scales, or the range rule is unknown.
     """
     return quantize_all(x, [fmt], channel_axis, method, importance)[fmt]
 
@@ -153,8 +153,8 @@ def fake_quantize(
         ``out``.
 
     Raises:
-        FormatError: See `quantize`; or ``out`` has another shape or dtype. Where the tensor is refused for NaN or
-            infinity, ``out`` may be half written.
+        FormatError: See `quantize`; or ``out`` has another shape or dtype, or a cast would make infinities. Where the
+            tensor is refused for what it holds, ``out`` may be half written.
     """
     _check_plain(fmt)
     if compile and method == "minmax" and coder_of(fmt) is None:
@@ -292,7 +292,8 @@ def fake_quantize_dynamic(x: Tensor, fmt: NumberFormat, feature_axis: int = -1) 
 
     One per row, one per group of features in a row, or one per row and one per feature.
 
-    What is not finite is not refused here, in the middle of a forward pass: its row, or group, becomes NaN.
+    What is not finite is not refused here, in the middle of a forward pass: its row, or group, becomes NaN;
+    by ``cross`` its row and its column, and of nvfp4, whose scales share a factor, everything.
 
     Args:
         x: Floating-point tensor of any shape.
