@@ -337,3 +337,12 @@ def test_without_a_loop_for_it_rounding_is_as_ever(name):
     fmt, x = NumberFormat.parse(name), tensor()
     assert torch.equal(fake_quantize(x, fmt, 0, "minmax", compile=True), plain(x, fmt))
     assert torch.equal(fake_quantize(x, fmt, 0, "mse", compile=True), plain(x, fmt, 0, "mse"))
+
+
+@pytest.mark.parametrize("name", ["int4", "int4:g8", "nf4"])
+def test_in_place_there_is_no_loop(name, monkeypatch):
+    monkeypatch.setattr(kernels, "compiled", lambda fmt: pytest.fail("a loop was asked for"))
+    fmt, x = NumberFormat.parse(name), tensor()
+    expected = plain(x, fmt)
+    assert fake_quantize(x, fmt, 0, "minmax", out=x, compile=True) is x
+    assert torch.equal(x, expected)

@@ -92,6 +92,8 @@ def fake_quantize_compiled(out: Tensor, x: Tensor, fmt: NumberFormat, channel_ax
     Raises:
         FormatError: If ``x`` holds NaN or infinity.
     """
+    if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return False  # torch.compile takes no views of one tensor of which it writes to one
     target = arranged(out, fmt, channel_axis)
     blocks = blocks_alike(arranged(x.detach(), fmt, channel_axis), target, fmt)
     if blocks is None or (rounding := compiled(fmt)) is None:
