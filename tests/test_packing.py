@@ -78,6 +78,12 @@ def test_rows_are_packed_as_compressed_tensors_does(compressed_tensors, bits):
 def test_bad_streams_are_refused():
     with pytest.raises(FormatError, match="1 to 62 bits, not 63"):
         pack(torch.zeros(3), 63)
+    for function in (pack_trits, lambda codes: pack(codes, 3)):
+        with pytest.raises(FormatError, match=r"codes are integers, not torch.float32"):
+            function(torch.tensor([1.7]))
+    for codes in ([5], [0, 3], [-1, 1], [256]):
+        with pytest.raises(FormatError, match="ternary codes are 0, 1 and 2, not"):
+            pack_trits(torch.tensor(codes))
     with pytest.raises(FormatError, match="from 0 to 8 do not fit into 3 bits"):
         pack(torch.tensor([0, 8]), 3)
     with pytest.raises(FormatError, match=r"5 codes of 3 bits are 2 bytes of uint8, not \[3\]"):
