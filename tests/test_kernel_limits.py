@@ -8,7 +8,16 @@ from random_tensors import tensor
 
 from mpq import NumberFormat
 from mpq.errors import FormatError
-from mpq.quantizers import fake_quantize, fake_quantize_all, fake_quantize_static, kernels, quantize, quantize_all
+from mpq.quantizers import (
+    fake_quantize,
+    fake_quantize_all,
+    fake_quantize_static,
+    find_range,
+    kernels,
+    loss_aware_range,
+    quantize,
+    quantize_all,
+)
 
 TABLES = [f"{name}:tensor" for name in ("nf4", "fp4_bnb", "pow2_4", "post_3", "log2_4", "ternary", "binary", "int1")]
 
@@ -31,6 +40,30 @@ def test_activations_that_are_no_numbers_stay_so(name, dtype):
             x[3] = bad
             rounded = fake_quantize_static(x, NumberFormat.parse(name), -2.0, 3.0)
             assert torch.equal(rounded.isnan(), x.isnan())
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4", "int8:token", "int8:cross", "kmeans_4:tensor", "int4:tensor:nested"])
+def test_ranges_known_beforehand_are_of_one_scale(name):
+    with pytest.raises(FormatError, match=r"no single scale|no scale times a grid"):
+        fake_quantize_static(tensor(0), NumberFormat.parse(name), -1.0, 1.0)
+
+
+@pytest.mark.parametrize("ends", [(2.0, 3.0), (-3.0, -2.0), (math.nan, 1.0)])
+def test_ranges_known_beforehand_hold_zero(ends):
+    with pytest.raises(FormatError, match="must hold zero, unlike"):
+        fake_quantize_static(tensor(0), NumberFormat.parse("int8:tensor"), *ends)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int4:g8:progressive", "int4:nested", "int8:cross", "kmeans_4"])
+def test_losses_choose_ranges_of_scaled_grids_alone(name):
+    with pytest.raises(FormatError, match="no scale times a grid"):
+        loss_aware_range(tensor(0), NumberFormat.parse(name), lambda t: 0.0)
+
+
+def test_casts_have_no_grid():
+    for name in ("fp32", "fp16", "bf16"):
+        with pytest.raises(FormatError, match=f"{name} is a cast"):
+            find_range(tensor(0, (4, 8)), NumberFormat.parse(name))
 
 
 @pytest.mark.parametrize("name", ["int4:hadamard", "int4:gptq", "nf4:lorc8", "int4:sparse5", "int4:nested:awq"])

@@ -13,7 +13,7 @@ from mpq.quantizers.clips import least_share
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import minmax_range
 from mpq.quantizers.scales import outer_scale, scale_and_zero
-from mpq.quantizers.tensors import block_axis, quantize_dequantize_
+from mpq.quantizers.tensors import block_axis, check_scaled, quantize_dequantize_
 
 
 def loss_aware_range(
@@ -36,8 +36,9 @@ def loss_aware_range(
         Lower and upper ends, both ``[blocks, 1]``; of a per-tensor format those for `fake_quantize_static`.
 
     Raises:
-        FormatError: If there are no candidates, or the loss is never a finite number.
+        FormatError: If there are no candidates, the loss is never a finite number, or the format is of another kind.
     """
+    check_scaled(fmt)
     if candidates < 1:
         raise FormatError(f"there must be candidates to choose from, not {candidates}")
     axis = block_axis(fmt, channel_axis)

@@ -53,6 +53,16 @@ class QuantizedTensor:
     codebook: Tensor | None = None
 
 
+def check_scaled(fmt: NumberFormat) -> None:
+    """Refuse formats that are no scale times a grid.
+
+    Raises:
+        FormatError: If so.
+    """
+    if fmt.granularity == "none" or coder_of(fmt) is not None:
+        raise FormatError(f"{fmt.name} is no scale times a grid")
+
+
 def block_axis(fmt: NumberFormat, channel_axis: int) -> int:
     """The axis that blocks are arranged by: rows of tokens lie as they are stored, whatever the output channels."""
     return 0 if fmt.granularity == "token" else channel_axis
@@ -279,9 +289,17 @@ def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> 
         fmt: A float format without scales, or a per-tensor format; its recipe is the basis that ``x`` is in already.
         lo: Lower end of the calibrated range, at most 0.
         hi: Upper end, at least 0.
+
+    Raises:
+        FormatError: If the format has other scales, or the range does not hold zero.
     """
     if fmt.granularity == "none":
         return cast(x, fmt)
+    check_scaled(fmt)
+    if fmt.granularity != "tensor":
+        raise FormatError(f"{fmt.name} has no single scale: only per-tensor formats have a range known beforehand")
+    if not lo <= 0 <= hi:
+        raise FormatError(f"a range must hold zero, unlike {lo} to {hi}")
     ends = torch.tensor([lo, hi], dtype=work_dtype(x), device=x.device)
     scale, zero = scale_and_zero(ends[0], ends[1], fmt)
     return quantize_dequantize_(x.to(ends.dtype, copy=True), scale, zero, fmt).to(x.dtype)
