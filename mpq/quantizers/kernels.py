@@ -199,7 +199,7 @@ def _scaled_whole(
         else:
             weights = None if importance is None else importance.reshape(1, -1)
             scales[i] = _scales(find_range(blocks, fmt, method, weights, None, limits), fmt, None, ends)
-    for rows, part in _chunks(x, 1):
+    for rows, part in chunks(x, 1):
         part = part.reshape(1, -1).to(work_dtype(x))
         for i in formats:
             yield Scaled(i, rows, part, *scales[i], None, True)
@@ -215,7 +215,7 @@ def _scaled_blocks(
     if method == "minmax" and small:
         yield from _covered_blocks(x, formats, height, outers, ends)
         return
-    for rows, part in _chunks(x, height):
+    for rows, part in chunks(x, height):
         weights = None if importance is None else importance[rows]
         seen: dict[str, tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]] = {}
         for i, fmt in formats.items():
@@ -239,7 +239,7 @@ def _covered_blocks(
     """As `_scaled_blocks` with scales that cover all elements, made of all blocks at once, which reads memory twice."""
     alike = {fmt.granularity: fmt for fmt in formats.values()}
     found: dict[str, list[tuple[Tensor, Tensor]]] = {granularity: [] for granularity in alike}
-    for _, part in _chunks(x, height):
+    for _, part in chunks(x, height):
         for granularity, fmt in alike.items():
             found[granularity].append(minmax_range(weighted_blocks(part, fmt, 0, None)[0]))
     scales, clip = {}, {}
@@ -251,7 +251,7 @@ def _covered_blocks(
                 scales[i] = _scales((low, high), fmt, outers[i], ends)
                 clip[i] = _clips(scales[i][0], fmt)
     first = dict.fromkeys(alike, 0)
-    for rows, part in _chunks(x, height):
+    for rows, part in chunks(x, height):
         blocks = {granularity: weighted_blocks(part, fmt, 0, None)[0] for granularity, fmt in alike.items()}
         for i, fmt in formats.items():
             own = blocks[fmt.granularity]
@@ -294,12 +294,12 @@ def _clips(scale: Tensor, fmt: NumberFormat) -> bool:
     return most < math.inf and not float(scale.amax()) < most
 
 
-def _chunks(x: Tensor, height: int) -> Iterator[tuple[slice | tuple[()], Tensor]]:
+def chunks(x: Tensor, height: int) -> Iterator[tuple[slice | tuple[()], Tensor]]:
     """Rows to work on at a time, a multiple of a height; all of a tensor without axes."""
     if x.dim() == 0:
         yield (), x
         return
-    step = max(1, _CHUNK * len(x) // x.numel() // height) * height
+    step = max(1, _CHUNK * len(x) // max(1, x.numel()) // height) * height
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         yield rows, x[rows]

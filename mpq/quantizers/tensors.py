@@ -186,13 +186,16 @@ def _rounded(
     finite: bool,
 ) -> Tensor:
     """As `fake_quantize`; without ``finite`` a block with NaN or infinity becomes NaN instead of being refused."""
-    out = torch.empty_like(x, requires_grad=False) if out is None else out
-    _check_out(x, out)
+    _check_out(x, x if out is None else out)
     if (coder := coder_of(fmt)) is not None and x.numel():
         if finite:
             _check(x)
         with torch.no_grad():
-            return out.copy_(coder.dequantize(coder.quantize(x, fmt, channel_axis, method, importance)))
+            values: Tensor = coder.dequantize(coder.quantize(x, fmt, channel_axis, method, importance))
+            if out is None and values.dtype == x.dtype and x.is_contiguous():
+                return values
+            return (torch.empty_like(x, requires_grad=False) if out is None else out).copy_(values)
+    out = torch.empty_like(x, requires_grad=False) if out is None else out
     fake_quantize_into([out], x, [fmt], channel_axis, method, importance, finite=finite)
     return out
 
