@@ -11,7 +11,6 @@ import mpq
 from mpq.errors import FormatError
 from mpq.quantizers import NumberFormat, dequantize, fake_quantize, quantize
 from mpq.quantizers.packing import from_parts, pack, pack_trits, to_parts, unpack, unpack_trits
-from mpq.quantizers.tensors import coder_of
 
 FORMATS = """
     int1 int3 int4 int8 int11 int16 int2:asym int4:tensor int4:g3 int5:g16:asym int16:asym int4:b2x3 bfp4 int4:bipolar
@@ -20,14 +19,7 @@ FORMATS = """
     """.split()  # noqa: SIM905
 OWN = "kmeans_3 kmeans_2:g8 nupes_4 nupes_3:g8 pvq_2:g4 int4:nested int1:nested int8:cross int4:g8:progressive"
 
-
-def rounds(name):
-    """Whether a format that is more than a grid has a module that rounds to it and keeps plain parts."""
-    coder = coder_of(NumberFormat.parse(name))
-    return coder is not None and (not name.startswith("pvq") or hasattr(coder, "to_parts"))
-
-
-FORMATS += [name for name in OWN.split() if rounds(name)]
+FORMATS += OWN.split()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +100,7 @@ def test_parts_give_the_same_tensor_in_the_bits_of_the_format(name):
             assert bits <= stored < bits + 8 * len(parts)
 
 
-@pytest.mark.parametrize("name", [n for n in FORMATS if n != "int1"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_size_on_disk_is_the_size_foretold(name):
     fmt = NumberFormat.parse(name)
     stored = sum(t.nbytes for t in to_parts(quantize(torch.randn(96, 160), fmt, method="minmax")).values())
