@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -84,7 +86,8 @@ def _check_zero(space: SearchSpace) -> None:
 
 
 def _has_zero(fmt: NumberFormat) -> bool:
-    return float(fake_quantize(torch.tensor([[-1.0, 0.0, 1.0]]), fmt)[0, 1]) == 0
+    plain = replace(fmt, recipe=())
+    return float(fake_quantize(torch.tensor([[-1.0, 0.0, 1.0]]), plain)[0, 1]) == 0
 
 
 def _input_shares(

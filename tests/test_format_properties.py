@@ -13,7 +13,6 @@ from mpq.quantizers import dequantize, fake_quantize, fake_quantize_dynamic, fak
 from mpq.quantizers.blocks import from_blocks
 from mpq.quantizers.grids import grid_of
 from mpq.quantizers.scales import scale_and_zero
-from mpq.quantizers.tensors import quantize_dequantize_
 
 _BASES = (
     [f"int{b}" for b in range(1, 17)]
@@ -238,11 +237,22 @@ def test_activations_with_known_ranges(fmt, seed, size, dtype):
     y = fake_quantize_static(x, fmt, lo, hi)
     assert y.dtype == dtype
     scale, zero = scale_and_zero(torch.tensor(lo), torch.tensor(hi), fmt)
-    assert torch.equal(y, quantize_dequantize_(x.float(), scale, zero, fmt).to(dtype))
+    if fmt.family == "int" and not hasattr(grid_of(fmt), "values"):
+        assert torch.equal(
+            y, torch.fake_quantize_per_tensor_affine(x.float(), scale, zero.int(), *fmt.levels).to(dtype)
+        )
+        return
+    levels = torch.tensor(values(fmt)) * scale
+    distance = (x.float()[..., None] - levels).abs()
+    chosen = torch.where(y[..., None] == levels.to(dtype), distance, math.inf).amin(-1)  # inf: no level at all
+    assert (chosen <= distance.amin(-1) + 1e-6 * (x.float().abs() + levels.abs().amax())).all()
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(["int8:token", "int4:token:asym", "fp8_e4m3:token", "mxfp4", "int8:g3", "nf4:token"]), seeds)
+@given(
+    st.sampled_from(["int8:token", "int4:token:asym", "fp8_e4m3:token", "mxfp4", "mxint8:g2", "int8:g3", "nf4:token"]),
+    seeds,
+)
 def test_activations_with_scales_of_their_own(name, seed):
     fmt = NumberFormat.parse(name)
     x = tensor(seed, (2, 5, 7), torch.float32)
@@ -254,8 +264,14 @@ def test_activations_with_scales_of_their_own(name, seed):
         assert len(quantize(x, fmt).scale) == fmt.num_scales(x.shape) == 10
     assert fake_quantize_dynamic(torch.tensor(1.5), fmt).shape == ()
     assert fake_quantize_dynamic(torch.empty(3, 0), fmt).shape == (3, 0)
-    x[0, 0, 0] = math.inf  # a network that breaks is measured, not refused
-    assert torch.equal(fake_quantize_dynamic(x, fmt)[1], rows[1])
+    for bad in (math.inf, -math.inf, math.nan):  # a network that breaks is measured, not refused
+        x[0, 0, 0] = bad
+        broken = fake_quantize_dynamic(x, fmt)
+        assert torch.equal(broken[1], rows[1])
+        width = (fmt.block or (1, 7))[1]
+        assert broken[0, 0, :width].isnan().all()
+        assert torch.equal(broken[0, 0, width:], rows[0, 0, width:])
+        assert torch.equal(broken[0, 1:], rows[0, 1:])
 
 
 @pytest.mark.parametrize("name", ["int4:g16", "int8:g16", "int12:g16", "fp6_e3m2:g16"])

@@ -35,6 +35,8 @@ FORMATS = (
     *("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp4_e2m1:g16", "fp8_e4m3:tensor", "fp4_e2m1:raw", "mxfp4", "mxfp8_e5m2"),
     *("mxint8", "nvfp4", "nf4", "nf4:g8", "nf4:tensor", "fp4_bnb", "pow2_4", "post_4", "log2_4", "ternary", "binary"),
 )
+GRIDS = {n: grid_of(NumberFormat.parse(n)) for n in (*FORMATS, "pow2_8") if n not in ("fp16", "bf16")}
+LISTED = [n for n, grid in GRIDS.items() if hasattr(grid, "values")]
 
 
 def tensor(shape=(12, 40), seed=0, dtype=torch.float32):
@@ -84,8 +86,6 @@ def chunks(request, monkeypatch):
 def test_chunks_are_bit_identical_to_rounding_at_once(name, chunks):
     fmt = NumberFormat.parse(name)
     for shape, axis in (((12, 40), 0), ((5, 6, 3, 3), 0), ((6, 10), 1), ((7,), 0), ((1, 3), 0)):
-        if fmt.granularity == "token" and axis:
-            continue
         x = tensor(shape) ** 3
         expected = plain(x, fmt, axis)
         torch.testing.assert_close(fake_quantize(x, fmt, axis, "minmax"), expected, rtol=0, atol=0)
@@ -147,16 +147,6 @@ def test_tensors_to_write_to_must_fit():
         fake_quantize_all(tensor(), [fmt], outs=[])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["int4", "int4:g8", "int8:tensor", "nf4", "fp8_e4m3", "mxfp4", "fp4_e2m1:raw", "bf16"])
-def test_what_is_not_finite_is_refused(name, bad, chunks):
-    x = tensor()
-    x[7, 30] = bad
-    for method in ("minmax", "mse", "kl") if name == "int8:tensor" else ("minmax",):
-        with pytest.raises(FormatError, match="NaN or infinity"):
-            fake_quantize(x, NumberFormat.parse(name), method=method)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.sampled_from(FORMATS), min_size=1, max_size=6),
@@ -178,7 +168,7 @@ def test_all_formats_in_one_call_are_those_of_each_alone(names, method, axis, se
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [n for n in FORMATS if hasattr(grid_of(NumberFormat.parse(n)), "values")] + ["pow2_8"])
+@pytest.mark.parametrize("name", LISTED)
 def test_tables_find_what_bisection_finds(name, dtype):
     values = grid_of(NumberFormat.parse(name)).values
     levels = torch.tensor(values, dtype=dtype)
@@ -186,7 +176,10 @@ def test_tables_find_what_bisection_finds(name, dtype):
     ends = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, math.inf, -math.inf, math.nan], dtype=dtype)
     near = [torch.nextafter(t, t + side) for t in (levels, middles) for side in (9, -9)]
     x = torch.cat([levels, middles, *near, ends, tensor((5000,), 1, dtype) * max(values) / 2])
-    assert torch.equal(nearest_by_tables(x, values, values, torch.empty_like(x)), nearest(x, values, values))
+    expected = nearest(x, values, values)
+    assert torch.equal(expected.isnan(), x.isnan())
+    found = nearest_by_tables(x, values, values, torch.empty_like(x))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_codes_of_minifloats_are_those_of_torch():
@@ -307,6 +300,10 @@ def test_loss_aware_range_asks_for_each_candidate_and_takes_the_best():
     # A loss that sees only the largest element wants the whole range.
     whole = loss_aware_range(x, fmt, lambda t: -t.abs().amax().item())
     assert torch.equal(whole[1].amax(), x.amax())
+    tokens = NumberFormat.parse("int4:token")  # whatever the axis, each row as it lies
+    losses = []
+    loss_aware_range(x, tokens, lambda t: losses.append(t) or 0.0, 1, channel_axis=1)
+    assert torch.equal(losses[0], fake_quantize(x, tokens, 1, "minmax"))
     with pytest.raises(FormatError, match="no finite number"):
         loss_aware_range(x, fmt, lambda t: math.nan)
     with pytest.raises(FormatError, match="candidates"):
@@ -317,22 +314,6 @@ def test_loss_aware_range_asks_for_each_candidate_and_takes_the_best():
 def test_malformed_range_methods_are_refused(method):
     with pytest.raises(FormatError, match="unknown range method"):
         parse_range_method(method)
-
-
-def test_peak_memory_is_below_twice_the_tensor():
-    x = torch.randn(1024, 4096)
-    size = x.numel() * 4
-    for name in ("int4:g128", "fp8_e4m3", "nf4"):
-        for method in ("minmax", "mse") if name == "int4:g128" else ("minmax",):
-            out, fmt = torch.empty_like(x), NumberFormat.parse(name)
-            with torch.profiler.profile(profile_memory=True) as profile:
-                fake_quantize(x, fmt, 0, method, out=out)
-            live = peak = 0
-            for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-                if event.name() == "[memory]":
-                    live += event.nbytes()
-                    peak = max(peak, live)
-            assert peak < 2 * size
 
 
 @pytest.mark.slow
@@ -347,6 +328,10 @@ def test_compiled_loops_give_the_same_bits(name):
     x[3, 3] = math.nan
     with pytest.raises(FormatError, match="NaN or infinity"):
         fake_quantize(x, fmt, 0, "minmax", compile=True)
+    if fmt.scale == "fp16":
+        x[3, 3] = 1e7
+        with pytest.raises(FormatError, match="stored in fp16"):
+            fake_quantize(x, fmt, 0, "minmax", compile=True)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4:b2x8", "int8:tensor", "fp16", "mxint8", "int4:g7"])
@@ -354,3 +339,12 @@ def test_without_a_loop_for_it_rounding_is_as_ever(name):
     fmt, x = NumberFormat.parse(name), tensor()
     assert torch.equal(fake_quantize(x, fmt, 0, "minmax", compile=True), plain(x, fmt))
     assert torch.equal(fake_quantize(x, fmt, 0, "mse", compile=True), plain(x, fmt, 0, "mse"))
+
+
+@pytest.mark.parametrize("name", ["int4", "int4:g8", "nf4"])
+def test_in_place_there_is_no_loop(name, monkeypatch):
+    monkeypatch.setattr(kernels, "compiled", lambda fmt: pytest.fail("a loop was asked for"))
+    fmt, x = NumberFormat.parse(name), tensor()
+    expected = plain(x, fmt)
+    assert fake_quantize(x, fmt, 0, "minmax", out=x, compile=True) is x
+    assert torch.equal(x, expected)

@@ -282,6 +282,8 @@ def test_files_of_real_models_are_foretold_with_small_heads(name, shared_loaders
     print(name, sizes, f"size {cfg.size_bytes:,.0f}")
     assert path.stat().st_size == sum(told.values())
     assert sizes == told
-    assert sizes["parameters"] == pytest.approx(cfg.size_bytes, rel=2e-3)  # which counts activation scales as well
+    inputs = [fmt for choice in cfg.values() if (fmt := choice.activation) is not None and fmt.calibrated]
+    of_inputs = sum(fmt.scale_bits // 8 + (0 if fmt.symmetric else 1) for fmt in inputs)  # which the head holds
+    assert sizes["parameters"] == pytest.approx(cfg.size_bytes - of_inputs, rel=1e-3)
     assert sizes["header"] < 12_000
     assert same(mpq.load_quantized(model, path), mpq.quantize(model, cfg))

@@ -11,23 +11,15 @@ import mpq
 from mpq.errors import FormatError
 from mpq.quantizers import NumberFormat, dequantize, fake_quantize, quantize
 from mpq.quantizers.packing import from_parts, pack, pack_trits, to_parts, unpack, unpack_trits
-from mpq.quantizers.tensors import coder_of
 
 FORMATS = """
     int1 int3 int4 int8 int11 int16 int2:asym int4:tensor int4:g3 int5:g16:asym int16:asym int4:b2x3 bfp4 int4:bipolar
     fp5_e2m2 fp8_e4m3 fp8_e5m2:g8 fp6_e2m3:raw fp4_e2m1:g8:p2 mxfp4 mxfp6_e3m2 mxfp8_e5m2 mxint8 nvfp4 nf4:g64 fp4_bnb
-    pow2_3 post_4 log2_4 ternary ternary:g7 binary
+    pow2_3 post_4 log2_4 ternary ternary:g7 binary int8:token int4:token:asym
     """.split()  # noqa: SIM905
 OWN = "kmeans_3 kmeans_2:g8 nupes_4 nupes_3:g8 pvq_2:g4 int4:nested int1:nested int8:cross int4:g8:progressive"
 
-
-def rounds(name):
-    """Whether a format that is more than a grid has a module that rounds to it and keeps plain parts."""
-    coder = coder_of(NumberFormat.parse(name))
-    return coder is not None and (not name.startswith("pvq") or hasattr(coder, "to_parts"))
-
-
-FORMATS += [name for name in OWN.split() if rounds(name)]
+FORMATS += OWN.split()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +70,12 @@ def test_rows_are_packed_as_compressed_tensors_does(compressed_tensors, bits):
 def test_bad_streams_are_refused():
     with pytest.raises(FormatError, match="1 to 62 bits, not 63"):
         pack(torch.zeros(3), 63)
+    for function in (pack_trits, lambda codes: pack(codes, 3)):
+        with pytest.raises(FormatError, match=r"codes are integers, not torch.float32"):
+            function(torch.tensor([1.7]))
+    for codes in ([5], [0, 3], [-1, 1], [256]):
+        with pytest.raises(FormatError, match="ternary codes are 0, 1 and 2, not"):
+            pack_trits(torch.tensor(codes))
     with pytest.raises(FormatError, match="from 0 to 8 do not fit into 3 bits"):
         pack(torch.tensor([0, 8]), 3)
     with pytest.raises(FormatError, match=r"5 codes of 3 bits are 2 bytes of uint8, not \[3\]"):
@@ -102,7 +100,7 @@ def test_parts_give_the_same_tensor_in_the_bits_of_the_format(name):
             assert bits <= stored < bits + 8 * len(parts)
 
 
-@pytest.mark.parametrize("name", [n for n in FORMATS if n != "int1"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_size_on_disk_is_the_size_foretold(name):
     fmt = NumberFormat.parse(name)
     stored = sum(t.nbytes for t in to_parts(quantize(torch.randn(96, 160), fmt, method="minmax")).values())

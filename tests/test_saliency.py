@@ -98,6 +98,7 @@ def test_kernel_share_refuses_formats_without_a_zero():
     table = run(kernel_share, prepared(net, data, "W32,W16"))
     assert (table.loss == 0).all()
     assert table.provenance["forward_passes"] == 0
+    assert run(kernel_share, prepared(net, data, "W2:hadamard")).loss.max() > 0  # a recipe has the zero of its format
 
 
 @pytest.mark.parametrize("name", NETWORKS)

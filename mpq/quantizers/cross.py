@@ -14,7 +14,8 @@ from torch import Tensor
 from mpq.quantizers.blocks import from_blocks, weighted_blocks
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import grid_of
-from mpq.quantizers.scales import stored_scale
+from mpq.quantizers.kernels import chunks
+from mpq.quantizers.scales import refuse_beyond, stored_scale
 from mpq.quantizers.tensors import QuantizedTensor
 
 ALPHA = 0.15
@@ -24,12 +25,15 @@ def quantize(
     x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = "mse", importance: Tensor | None = None
 ) -> QuantizedTensor:
     """As `mpq.quantizers.tensors.quantize`; the columns' factors are in ``outer``. It is always by min-max."""
-    rows, _ = weighted_blocks(x, fmt, channel_axis, None)
+    blocks, _ = weighted_blocks(x, fmt, channel_axis, None)
     grid = grid_of(fmt)
-    largest = rows.abs()
-    scale = stored_scale(largest.amax(1, keepdim=True).pow(ALPHA) / grid.high, fmt)
-    outer = stored_scale(largest.amax(0, keepdim=True).pow(1 - ALPHA), fmt)
-    codes = grid.encode(grid.round_(rows / (scale * outer)))
+    scale = _factors(_largest(blocks, 1).pow(ALPHA) / grid.high, fmt)
+    outer = _factors(_largest(blocks, 0).pow(1 - ALPHA), fmt)
+    finite = bool(scale.isfinite().all())
+    codes = grid.encode(scale.new_empty(0)).new_empty(blocks.shape)
+    for rows, part in chunks(blocks, 1):
+        units = part / (scale[rows] * outer)
+        codes[rows] = grid.encode(grid.round_(units if finite else units.nan_to_num_(0.0)))
     return QuantizedTensor(codes, scale, torch.zeros_like(scale), fmt, tuple(x.shape), channel_axis, outer)
 
 
@@ -37,4 +41,17 @@ def dequantize(q: QuantizedTensor) -> Tensor:
     """As `mpq.quantizers.tensors.dequantize`."""
     assert q.outer is not None
     units = grid_of(q.fmt).decode(q.codes, q.scale.dtype)
-    return from_blocks(units.mul_(q.scale * q.outer), q.shape, q.channel_axis)
+    for rows, part in chunks(units, 1):
+        part.mul_(q.scale[rows] * q.outer)
+    return from_blocks(units, q.shape, q.channel_axis)
+
+
+def _largest(blocks: Tensor, axis: int) -> Tensor:
+    """Largest magnitudes along an axis, without a copy of the tensor."""
+    return torch.maximum(blocks.amax(axis, keepdim=True), -blocks.amin(axis, keepdim=True))
+
+
+def _factors(needed: Tensor, fmt: NumberFormat) -> Tensor:
+    """Factors as they are stored; NaN for rows and columns that are not finite."""
+    refuse_beyond(needed, fmt)
+    return torch.where(needed.isfinite(), stored_scale(needed, fmt), torch.nan)

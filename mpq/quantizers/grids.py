@@ -267,8 +267,10 @@ def grid_of(fmt: NumberFormat) -> Grid:
     """The grid of a scalar format.
 
     Raises:
-        FormatError: If the format rounds vectors, or has levels that depend on the tensor.
+        FormatError: If the format rounds vectors, has levels that depend on the tensor, or is a plain cast.
     """
+    if fmt.plain_float:
+        raise FormatError(f"{fmt.name} is a cast of whole tensors: its numbers are too many to list")
     if fmt.family == "int":
         if fmt.variant == "bipolar" or (fmt.bits == 1 and fmt.symmetric):
             return _evenly(range(1 - 2**fmt.bits, 2**fmt.bits, 2), 0.5 if fmt.bits > 1 else 1.0)

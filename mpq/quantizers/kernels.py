@@ -19,7 +19,7 @@ from mpq.quantizers.compiled import blocks_alike, compiled
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import FloatGrid, TableGrid, grid_of
 from mpq.quantizers.ranges import find_range, minmax_range
-from mpq.quantizers.scales import outer_scale, scale_and_zero
+from mpq.quantizers.scales import outer_scale, refuse_larger, scale_and_zero
 
 FLOAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,7 +74,8 @@ def fake_quantize_into(
         finite: Refuse NaN and infinity; otherwise their blocks become NaN.
 
     Raises:
-        FormatError: If ``x`` holds NaN or infinity. That is seen when all is done, so results are of no use then.
+        FormatError: If ``x`` holds NaN or infinity, or is too large for the scales or for the type of a cast. That may
+            be seen when all is done, so results are of no use then.
     """
     targets = [arranged(out, fmt, channel_axis) for out, fmt in zip(outs, formats, strict=True)]
     with torch.no_grad():
@@ -91,12 +92,16 @@ def fake_quantize_compiled(out: Tensor, x: Tensor, fmt: NumberFormat, channel_ax
     Raises:
         FormatError: If ``x`` holds NaN or infinity.
     """
+    if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return False  # torch.compile takes no views of one tensor of which it writes to one
     target = arranged(out, fmt, channel_axis)
     blocks = blocks_alike(arranged(x.detach(), fmt, channel_axis), target, fmt)
     if blocks is None or (rounding := compiled(fmt)) is None:
         return False
     with torch.no_grad():
-        _refuse(rounding(*blocks), x)
+        limits = rounding(*blocks)
+        _refuse(limits, x)
+        _scales(limits, fmt, None, [])
     return True
 
 
@@ -168,9 +173,8 @@ def scaled_rows(
         fmt = next(iter(alike.values()))
         weights = None if importance is None else arranged(importance.expand_as(x), fmt, channel_axis)
         scaled = _scaled_whole if kind in ("none", "tensor") else _scaled_blocks
-        yield from scaled(arranged(x, fmt, channel_axis), alike, method, weights, ends)
-    if finite:
-        _refuse(ends, x)
+        yield from scaled(arranged(x, fmt, channel_axis), alike, method, weights, ends if finite else None)
+    _refuse(ends, x)
 
 
 def _refuse(ends: Sequence[Tensor], x: Tensor) -> None:
@@ -180,27 +184,29 @@ def _refuse(ends: Sequence[Tensor], x: Tensor) -> None:
 
 
 def _scaled_whole(
-    x: Tensor, formats: dict[int, NumberFormat], method: str, importance: Tensor | None, ends: list[Tensor]
+    x: Tensor, formats: dict[int, NumberFormat], method: str, importance: Tensor | None, ends: list[Tensor] | None
 ) -> Iterator[Scaled]:
-    """As `scaled_rows`, of formats with one scale or none; notes the ends."""
+    """As `scaled_rows`, of formats with one scale or none; notes the ends where there is a list for them."""
     blocks = x.reshape(1, -1)
     limits = minmax_range(blocks)
-    ends.extend(limits)
+    _note(limits, ends)
     scales = {}
     for i, fmt in formats.items():
         if fmt.granularity == "none":
             scales[i] = torch.ones_like(limits[0]), torch.zeros_like(limits[0])
+            if ends is not None:
+                _refuse_cast(limits, fmt)
         else:
             weights = None if importance is None else importance.reshape(1, -1)
-            scales[i] = scale_and_zero(*find_range(blocks, fmt, method, weights, None, limits), fmt)
-    for rows, part in _chunks(x, 1):
+            scales[i] = _scales(find_range(blocks, fmt, method, weights, None, limits), fmt, None, ends)
+    for rows, part in chunks(x, 1):
         part = part.reshape(1, -1).to(work_dtype(x))
         for i in formats:
             yield Scaled(i, rows, part, *scales[i], None, True)
 
 
 def _scaled_blocks(
-    x: Tensor, formats: dict[int, NumberFormat], method: str, importance: Tensor | None, ends: list[Tensor]
+    x: Tensor, formats: dict[int, NumberFormat], method: str, importance: Tensor | None, ends: list[Tensor] | None
 ) -> Iterator[Scaled]:
     """As `scaled_rows`, of formats whose blocks lie along the same axis; notes the ends of all blocks."""
     outers = {i: outer_scale(x, fmt) for i, fmt in formats.items()}
@@ -209,44 +215,74 @@ def _scaled_blocks(
     if method == "minmax" and small:
         yield from _covered_blocks(x, formats, height, outers, ends)
         return
-    for rows, part in _chunks(x, height):
+    for rows, part in chunks(x, height):
         weights = None if importance is None else importance[rows]
         seen: dict[str, tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]] = {}
         for i, fmt in formats.items():
             if fmt.granularity not in seen:
                 blocks, counts = weighted_blocks(part, fmt, 0, weights)
                 seen[fmt.granularity] = blocks, counts, minmax_range(blocks)
-                ends.extend(seen[fmt.granularity][2])
+                _note(seen[fmt.granularity][2], ends)
             blocks, counts, limits = seen[fmt.granularity]
-            scale, zero = scale_and_zero(*find_range(blocks, fmt, method, counts, outers[i], limits), fmt, outers[i])
+            found = find_range(blocks, fmt, method, counts, outers[i], limits)
+            scale, zero = _scales(found, fmt, outers[i], ends)
             yield Scaled(i, rows, blocks, scale, zero, outers[i], method != "minmax" or _clips(scale, fmt))
 
 
 def _covered_blocks(
-    x: Tensor, formats: dict[int, NumberFormat], height: int, outers: dict[int, Tensor | None], ends: list[Tensor]
+    x: Tensor,
+    formats: dict[int, NumberFormat],
+    height: int,
+    outers: dict[int, Tensor | None],
+    ends: list[Tensor] | None,
 ) -> Iterator[Scaled]:
     """As `_scaled_blocks` with scales that cover all elements, made of all blocks at once, which reads memory twice."""
     alike = {fmt.granularity: fmt for fmt in formats.values()}
     found: dict[str, list[tuple[Tensor, Tensor]]] = {granularity: [] for granularity in alike}
-    for _, part in _chunks(x, height):
+    for _, part in chunks(x, height):
         for granularity, fmt in alike.items():
             found[granularity].append(minmax_range(weighted_blocks(part, fmt, 0, None)[0]))
     scales, clip = {}, {}
     for granularity, parts in found.items():
         low, high = (torch.cat(ends_of_chunks) for ends_of_chunks in zip(*parts, strict=True))
-        ends.extend((low, high))
+        _note((low, high), ends)
         for i, fmt in formats.items():
             if fmt.granularity == granularity:
-                scales[i] = scale_and_zero(low, high, fmt, outers[i])
+                scales[i] = _scales((low, high), fmt, outers[i], ends)
                 clip[i] = _clips(scales[i][0], fmt)
     first = dict.fromkeys(alike, 0)
-    for rows, part in _chunks(x, height):
+    for rows, part in chunks(x, height):
         blocks = {granularity: weighted_blocks(part, fmt, 0, None)[0] for granularity, fmt in alike.items()}
         for i, fmt in formats.items():
             own = blocks[fmt.granularity]
             where = slice(first[fmt.granularity], first[fmt.granularity] + len(own))
             yield Scaled(i, rows, own, scales[i][0][where], scales[i][1][where], outers[i], clip[i])
         first = {granularity: first[granularity] + len(own) for granularity, own in blocks.items()}
+
+
+def _note(limits: tuple[Tensor, Tensor], ends: list[Tensor] | None) -> None:
+    if ends is not None:
+        ends.extend(limits)
+
+
+def _scales(
+    limits: tuple[Tensor, Tensor], fmt: NumberFormat, outer: Tensor | None, ends: list[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of final ranges; where nothing is refused, NaN for what is not finite."""
+    scale, zero = scale_and_zero(*limits, fmt, outer)
+    if ends is None:
+        return torch.where(limits[0].isfinite() & limits[1].isfinite(), scale, torch.nan), zero
+    refuse_larger(scale, limits, fmt)
+    return scale, zero
+
+
+def _refuse_cast(limits: tuple[Tensor, Tensor], fmt: NumberFormat) -> None:
+    """Refuse what a cast would make infinite; minifloats give their ends."""
+    if not fmt.plain_float:
+        return
+    most, largest = torch.finfo(FLOAT_DTYPES[fmt.name]).max, max(-float(limits[0]), float(limits[1]))
+    if largest > most and math.isfinite(largest) and math.isinf(torch.tensor(largest).to(FLOAT_DTYPES[fmt.name])):
+        raise FormatError(f"{fmt.name} ends at {most:.6g}, but the tensor holds a magnitude of {largest:.6g}")
 
 
 def _clips(scale: Tensor, fmt: NumberFormat) -> bool:
@@ -258,12 +294,12 @@ def _clips(scale: Tensor, fmt: NumberFormat) -> bool:
     return most < math.inf and not float(scale.amax()) < most
 
 
-def _chunks(x: Tensor, height: int) -> Iterator[tuple[slice | tuple[()], Tensor]]:
+def chunks(x: Tensor, height: int) -> Iterator[tuple[slice | tuple[()], Tensor]]:
     """Rows to work on at a time, a multiple of a height; all of a tensor without axes."""
     if x.dim() == 0:
         yield (), x
         return
-    step = max(1, _CHUNK * len(x) // x.numel() // height) * height
+    step = max(1, _CHUNK * len(x) // max(1, x.numel()) // height) * height
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         yield rows, x[rows]

@@ -17,7 +17,7 @@ _PIECE = 2**18
 
 
 def nearest(x: Tensor, levels: tuple[float, ...], outputs: tuple[float, ...]) -> Tensor:
-    """For each element the output that stands where its nearest level does; ties to the lower level, NaN to the last.
+    """For each element the output that stands where its nearest level does; ties to the lower level, NaN stays.
 
     Args:
         x: Floating-point tensor of any shape.
@@ -25,12 +25,14 @@ def nearest(x: Tensor, levels: tuple[float, ...], outputs: tuple[float, ...]) ->
         outputs: As many.
     """
     rising = torch.tensor(levels, dtype=x.dtype, device=x.device)
-    index = torch.bucketize(x.contiguous(), (rising[1:] + rising[:-1]) / 2, out_int32=True)
-    return torch.tensor(outputs, dtype=x.dtype, device=x.device)[index]
+    # Only NaN comes after infinity.
+    between = torch.cat([(rising[1:] + rising[:-1]) / 2, rising.new_tensor([torch.inf])])
+    index = torch.bucketize(x.contiguous(), between, out_int32=True)
+    return torch.tensor([*outputs, torch.nan], dtype=x.dtype, device=x.device)[index]
 
 
 def nearest_by_tables(x: Tensor, levels: tuple[float, ...], outputs: tuple[float, ...], out: Tensor) -> Tensor:
-    """As `nearest`, exactly, of contiguous tensors; into another one or in place.
+    """As `nearest`, exactly, of contiguous tensors; into another one or in place. NaN is what arithmetic gives, quiet.
 
     Numbers with the same sign, exponent and leading bits of the mantissa are a bin; bins are so narrow that there is
     at most one midpoint in each. A first table has that midpoint, a second one the outputs on both sides of it.
@@ -70,6 +72,8 @@ def _tables(
         index = torch.bucketize(ends, between).sort(0).values
         if int((index[1] - index[0]).max()) <= 1:
             middles = torch.where(index[0] < index[1], between[index[0].clamp(max=len(between) - 1)], torch.inf)
-            sides = torch.tensor(outputs, dtype=dtype)[index].T.reshape(-1)
+            sides = torch.tensor(outputs, dtype=dtype)[index]
+            sides[:, ends[0].isnan()] = torch.nan
+            sides = sides.T.reshape(-1)
             return bits, middles.repeat_interleave(2), sides
     return None

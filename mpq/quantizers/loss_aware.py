@@ -13,7 +13,7 @@ from mpq.quantizers.clips import least_share
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import minmax_range
 from mpq.quantizers.scales import outer_scale, scale_and_zero
-from mpq.quantizers.tensors import quantize_dequantize_
+from mpq.quantizers.tensors import block_axis, check_scaled, quantize_dequantize_
 
 
 def loss_aware_range(
@@ -36,18 +36,20 @@ def loss_aware_range(
         Lower and upper ends, both ``[blocks, 1]``; of a per-tensor format those for `fake_quantize_static`.
 
     Raises:
-        FormatError: If there are no candidates, or the loss is never a finite number.
+        FormatError: If there are no candidates, the loss is never a finite number, or the format is of another kind.
     """
+    check_scaled(fmt)
     if candidates < 1:
         raise FormatError(f"there must be candidates to choose from, not {candidates}")
-    blocks, _ = weighted_blocks(x, fmt, channel_axis, None)
+    axis = block_axis(fmt, channel_axis)
+    blocks, _ = weighted_blocks(x, fmt, axis, None)
     lo, hi = minmax_range(blocks)
     outer = outer_scale(blocks, fmt)
     best, least = None, float("inf")
     for share in torch.linspace(1.0, least_share(fmt), candidates).tolist():
         scale, zero = scale_and_zero(lo * share, hi * share, fmt, outer)
         rounded = quantize_dequantize_(blocks.clone(), scale, zero, fmt)
-        value = float(loss(from_blocks(rounded, tuple(x.shape), channel_axis, *(fmt.block or (1, 0))).to(x.dtype)))
+        value = float(loss(from_blocks(rounded, tuple(x.shape), axis, *(fmt.block or (1, 0))).to(x.dtype)))
         if value < least:
             best, least = share, value
     if best is None:

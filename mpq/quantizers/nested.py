@@ -16,7 +16,8 @@ from mpq.errors import FormatError
 from mpq.quantizers.blocks import padding_mask
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import grid_of
-from mpq.quantizers.scales import stored_scale
+from mpq.quantizers.kernels import chunks
+from mpq.quantizers.scales import refuse_beyond, stored_scale
 from mpq.quantizers.tensors import QuantizedTensor, scaled_levels
 from mpq.quantizers.tensors import quantize as quantize_plainly
 
@@ -42,7 +43,7 @@ def narrow(eight: QuantizedTensor, bits: int) -> QuantizedTensor:
         bits: 1 to 8; one bit is the sign.
 
     Raises:
-        FormatError: If the tensor is not of that kind.
+        FormatError: If the tensor is not of that kind, or a scale is beyond its type.
     """
     fmt = eight.fmt
     if fmt.family != "int" or fmt.bits != 8 or not fmt.symmetric or fmt.variant not in ("", "nested"):
@@ -50,15 +51,20 @@ def narrow(eight: QuantizedTensor, bits: int) -> QuantizedTensor:
     narrower = replace(fmt, bits=bits, variant="nested")
     if bits == 8:
         return replace(eight, fmt=narrower)
-    wide, shift = eight.codes.int(), 8 - bits
-    grid = grid_of(narrower)
-    if bits == 1:
-        units = torch.where(wide < 0, -1.0, 1.0)
-    else:  # halves go up
-        units = ((wide + (1 << (shift - 1))) >> shift).clamp(int(grid.low), int(grid.high)).float()
-    units = units.to(eight.scale.dtype)
-    own = padding_mask(eight.shape, fmt, eight.channel_axis, wide.device)
-    counted = units if own is None else units * own
-    ratio = (counted * wide).sum(1, keepdim=True) / counted.square().sum(1, keepdim=True).clamp(min=1)
-    scale = stored_scale(eight.scale * ratio, narrower)
-    return replace(eight, codes=grid.encode(units), scale=scale, fmt=narrower)
+    grid, shift = grid_of(narrower), 8 - bits
+    own = padding_mask(eight.shape, fmt, eight.channel_axis, eight.codes.device)
+    codes = grid.encode(eight.scale.new_empty(0)).new_empty(eight.codes.shape)
+    ratio = torch.empty_like(eight.scale)
+    for rows, part in chunks(eight.codes, 1):
+        wide = part.int()
+        if bits == 1:
+            units = torch.where(wide < 0, -1.0, 1.0)
+        else:  # halves go up
+            units = ((wide + (1 << (shift - 1))) >> shift).clamp(int(grid.low), int(grid.high)).float()
+        units = units.to(eight.scale.dtype)
+        counted = units if own is None else units * own[rows]
+        ratio[rows] = (counted * wide).sum(1, keepdim=True) / counted.square().sum(1, keepdim=True).clamp(min=1)
+        codes[rows] = grid.encode(units)
+    needed = eight.scale * ratio
+    refuse_beyond(needed, narrower)
+    return replace(eight, codes=codes, scale=stored_scale(needed, narrower), fmt=narrower)

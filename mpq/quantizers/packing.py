@@ -16,7 +16,7 @@ from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks, to_blocks
 from mpq.quantizers.formats import TRITS_PER_BYTE, NumberFormat
 from mpq.quantizers.grids import FloatGrid, TableGrid, grid_of
-from mpq.quantizers.tensors import QuantizedTensor, coder_of
+from mpq.quantizers.tensors import QuantizedTensor, block_axis, coder_of
 
 SCALE_DTYPES = {
     "fp32": torch.float32,
@@ -36,16 +36,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     viewed as int32, are what ``pack_to_int32`` of compressed-tensors gives (which adds ``2**(bits-1)`` to its codes).
 
     Args:
-        codes: Whole numbers of any shape; of negative ones the lowest ``bits`` of their two's complement are kept.
+        codes: Integers of any shape; of negative ones the lowest ``bits`` of their two's complement are kept.
         bits: 1 to 62.
 
     Returns:
         ``[ceil(codes * bits / 8)]`` uint8.
 
     Raises:
-        FormatError: If there is no such number of bits, or a code has more.
+        FormatError: If there is no such number of bits, a code has more, or codes are not of a type of integers.
     """
     _check_bits(bits)
+    _check_whole(codes)
     flat = codes.flatten()
     if flat.numel() and not -(2 ** (bits - 1)) <= int(flat.min()) <= int(flat.max()) < 2**bits:
         raise FormatError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit into {bits} bits")
@@ -94,7 +95,14 @@ def unpack(packed: Tensor, bits: int, count: int, *, signed: bool = False) -> Te
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """Five codes of 0, 1 and 2 in a byte, ``sum(code[i] * 3**i)``: ``[ceil(codes / 5)]`` uint8."""
+    """Five codes of 0, 1 and 2 in a byte, ``sum(code[i] * 3**i)``: ``[ceil(codes / 5)]`` uint8.
+
+    Raises:
+        FormatError: If codes are others, or not of a type of integers.
+    """
+    _check_whole(codes)
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 2:
+        raise FormatError(f"ternary codes are 0, 1 and 2, not {int(codes.min())} to {int(codes.max())}")
     flat = codes.flatten().to(torch.uint8)
     fives = torch.nn.functional.pad(flat, (0, -len(flat) % TRITS_PER_BYTE)).reshape(-1, TRITS_PER_BYTE)
     return (fives * _powers_of_three(codes.device)).sum(1, dtype=torch.uint8)
@@ -209,7 +217,7 @@ def from_parts(
     if codebook is not None and not bool(torch.isfinite(codebook).all()):
         raise FormatError("codebook holds NaN or infinity")
     blocks = to_blocks(codes.reshape(shape), fmt, channel_axis)
-    return QuantizedTensor(blocks, scale, zero, fmt, shape, channel_axis, outer, codebook)
+    return QuantizedTensor(blocks, scale, zero, fmt, shape, block_axis(fmt, channel_axis), outer, codebook)
 
 
 def check_layout(parts: Mapping[str, Tensor], expected: Layout) -> None:
@@ -266,6 +274,11 @@ def _check_codes(codes: Tensor, fmt: NumberFormat) -> None:
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 62:
         raise FormatError(f"codes are packed in 1 to 62 bits, not {bits}")
+
+
+def _check_whole(codes: Tensor) -> None:
+    if codes.is_floating_point() or codes.is_complex():
+        raise FormatError(f"codes are integers, not {codes.dtype}")
 
 
 def _check_stream(packed: Tensor, size: int, what: str) -> None:

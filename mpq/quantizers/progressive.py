@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mpq.quantizers.blocks import from_blocks, to_rows, weighted_blocks
 from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.kernels import chunks
 from mpq.quantizers.ranges import find_range, minmax_range
-from mpq.quantizers.scales import stored_scale
+from mpq.quantizers.scales import refuse_beyond, stored_scale
 from mpq.quantizers.tensors import QuantizedTensor
 
 PROTECTIVE, _STEPS = 119, 15
@@ -31,30 +32,51 @@ def quantize(
     magnitude.
     """
     blocks, weights = weighted_blocks(x, fmt, channel_axis, importance)
-    largest = to_rows(x.detach(), channel_axis).abs().amax(1, keepdim=True)
-    outer = stored_scale(largest.to(blocks.dtype) / PROTECTIVE, fmt)
-    of_block = outer.repeat_interleave(len(blocks) // len(outer), 0)
-    whole = (blocks / of_block).round_().clamp_(-PROTECTIVE, PROTECTIVE)
-    if method == "mse":
-        scale, zero = _best_scale(whole, weights)
-    else:
-        lo, hi = find_range(whole, fmt, method, weights)
-        scale = ((hi - lo) / _STEPS).round_().clamp_(1, _LARGEST_SCALE)
-        zero = _zero_point(lo, hi, scale)
-    codes = ((whole / scale).round_() + zero).clamp_(0, _STEPS).to(torch.uint8)
+    own = to_rows(x.detach(), channel_axis)
+    needed = torch.maximum(own.amax(1, keepdim=True), -own.amin(1, keepdim=True)).to(blocks.dtype) / PROTECTIVE
+    refuse_beyond(needed, fmt)
+    outer = stored_scale(needed, fmt)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    scale, zero = (blocks.new_empty(len(blocks), 1) for _ in range(2))
+    for rows, part in chunks(blocks.reshape(len(outer), -1), 1):
+        at = _blocks_of(rows, blocks, outer)
+        whole = (part / outer[rows]).round_().clamp_(-PROTECTIVE, PROTECTIVE).reshape(-1, blocks.shape[1])
+        counts = None if weights is None else weights[at]
+        if method == "mse":
+            scale[at], zero[at] = _best_scale(whole, counts)
+        else:
+            lo, hi = find_range(whole, fmt, method, counts)
+            scale[at] = ((hi - lo) / _STEPS).round_().clamp_(1, _LARGEST_SCALE)
+            zero[at] = _zero_point(lo, hi, scale[at])
+        codes[at] = ((whole / scale[at]).round_() + zero[at]).clamp_(0, _STEPS).to(torch.uint8)
     return QuantizedTensor(codes, scale, zero, fmt, tuple(x.shape), channel_axis, outer)
 
 
 def dequantize(q: QuantizedTensor) -> Tensor:
     """As `mpq.quantizers.tensors.dequantize`."""
     assert q.outer is not None
-    values = eight_bits(q).to(q.scale.dtype).reshape(len(q.outer), -1) * q.outer
+    values = q.scale.new_empty(len(q.outer), q.codes.numel() // len(q.outer))
+    for rows, part in chunks(values, 1):
+        at = _blocks_of(rows, q.codes, q.outer)
+        whole = _eight_bits(q.codes[at], q.scale[at], q.zero_point[at])
+        torch.mul(whole.view(part.shape), q.outer[rows], out=part)
     return from_blocks(values.reshape(q.codes.shape), q.shape, q.channel_axis)
 
 
 def eight_bits(q: QuantizedTensor) -> Tensor:
     """The 8-bit integers ``[blocks, elements]`` (int8) that the codes stand for, which kernels multiply with."""
-    return ((q.codes.to(q.scale.dtype) - q.zero_point) * q.scale).to(torch.int8)
+    return _eight_bits(q.codes, q.scale, q.zero_point)
+
+
+def _eight_bits(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return codes.to(scale.dtype).sub_(zero).mul_(scale).to(torch.int8)
+
+
+def _blocks_of(rows: slice | tuple[()], blocks: Tensor, channels: Tensor) -> slice:
+    """Which blocks some channels have."""
+    assert isinstance(rows, slice)
+    each = len(blocks) // len(channels)
+    return slice(rows.start * each, rows.stop * each)
 
 
 def _zero_point(lo: Tensor, hi: Tensor, scale: Tensor) -> Tensor:

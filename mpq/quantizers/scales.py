@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from mpq.errors import FormatError
 from mpq.quantizers.blocks import work_dtype
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import FloatGrid, Grid, grid_of
 
 _E4M3_MAX = 448.0
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+# The largest scale of each type; in e4m3 there is a float32 factor besides.
+_MOST = {"fp32": _FLOAT32_MAX, "fp16": 65504.0, "e8m0": 2.0**127, "e4m3": _E4M3_MAX * _FLOAT32_MAX}
 
 
 def outer_scale(x: Tensor, fmt: NumberFormat) -> Tensor | None:
@@ -66,6 +72,39 @@ def stored_scale(scale: Tensor, fmt: NumberFormat, outer: Tensor | None = None) 
         return _E4M3.round_((scale / outer).clamp_(least, _E4M3_MAX)) * outer
     limits = torch.finfo(torch.float32)
     return scale.clamp(limits.tiny, limits.max).to(torch.float32).to(scale.dtype)
+
+
+def refuse_larger(scale: Tensor, ends: tuple[Tensor, Tensor], fmt: NumberFormat) -> None:
+    """Refuse ranges that need larger scales than the format stores; those that it stores are of `scale_and_zero`.
+
+    Raises:
+        FormatError: Naming the type of the scales.
+    """
+    as_wide = scale.dtype == torch.float32 and (fmt.scale in ("fp32", "e4m3") or fmt.family == "mx")
+    if as_wide or not scale.numel() or not float(scale.amax()) >= _MOST[fmt.scale]:
+        return
+    (lo, hi), grid = (end.double() for end in ends), grid_of(fmt)
+    if not fmt.symmetric:
+        needed = (hi - lo) / (fmt.levels[1] - fmt.levels[0])
+    elif fmt.family == "mx":  # between the largest code and the next power of two it clips
+        needed = torch.maximum(hi, -lo) / 2.0 ** math.frexp(grid.high)[1]
+    else:
+        needed = hi / grid.high if grid.low >= 0 else torch.maximum(hi / grid.high, lo / grid.low)
+    refuse_beyond(needed, fmt)
+
+
+def refuse_beyond(needed: Tensor, fmt: NumberFormat) -> None:
+    """Refuse scales that become other numbers by more than rounding where they are stored.
+
+    Raises:
+        FormatError: Naming the type of the scales.
+    """
+    most = _MOST[fmt.scale]
+    # From 65520 on float16 has infinity instead of 65504.
+    beyond = needed[(needed >= most * (1 + 2.0**-12)) & needed.isfinite()]
+    if beyond.numel():
+        ends = f"{fmt.scale}, which ends at {most:.6g}"
+        raise FormatError(f"scales of {fmt.name} are stored in {ends}, but {float(beyond.max()):.6g} is needed")
 
 
 def _microscale(largest: Tensor, fmt: NumberFormat) -> Tensor:

@@ -36,7 +36,7 @@ class QuantizedTensor:
         zero_point: ``[blocks, 1]``, all zero for symmetric formats.
         fmt: The format.
         shape: Shape of the original tensor.
-        channel_axis: Its output-channel axis.
+        channel_axis: Its output-channel axis; 0 by ``token``.
         outer: What is stored beside the scales: of NVFP4 the factor that is in all of them, ``[1, 1]``; of ``cross``
             the factors of the columns, ``[1, elements]``; of ``progressive`` those of the channels, ``[channels, 1]``;
             of ``nupes`` the exponent, ``[1, 1]``; else None.
@@ -53,6 +53,21 @@ class QuantizedTensor:
     codebook: Tensor | None = None
 
 
+def check_scaled(fmt: NumberFormat) -> None:
+    """Refuse formats that are no scale times a grid.
+
+    Raises:
+        FormatError: If so.
+    """
+    if fmt.granularity == "none" or coder_of(fmt) is not None:
+        raise FormatError(f"{fmt.name} is no scale times a grid")
+
+
+def block_axis(fmt: NumberFormat, channel_axis: int) -> int:
+    """The axis that blocks are arranged by: rows of tokens lie as they are stored, whatever the output channels."""
+    return 0 if fmt.granularity == "token" else channel_axis
+
+
 def coder_of(fmt: NumberFormat) -> Any:
     """Module of a format with its own way; None for a scale times a grid."""
     for key in (fmt.family, fmt.variant, fmt.granularity):
@@ -66,7 +81,14 @@ def _check(x: Tensor) -> None:
         raise FormatError(f"the tensor {list(x.shape)} holds NaN or infinity")
 
 
+def _check_plain(fmt: NumberFormat) -> None:
+    """A recipe left out without a word would pass plain rounding off as something better."""
+    if fmt.recipe:
+        raise FormatError(f"{fmt.name} has a recipe ({':'.join(fmt.recipe)}): use apply_recipe, which follows it")
+
+
 def _check_codes(x: Tensor, fmt: NumberFormat) -> None:
+    _check_plain(fmt)
     if not x.is_floating_point():
         raise FormatError(f"only floating-point tensors can be quantized, not {x.dtype}")
     if fmt.plain_float:
@@ -87,14 +109,14 @@ def quantize(
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: Any format but a plain cast.
+        fmt: Any format without a recipe but a plain cast.
         channel_axis: The output-channel axis of ``x``; tokens are the rows along its last axis whatever this is.
         method: Range rule, see `find_range`.
         importance: Non-negative weights of the elements' squared errors, broadcast to ``x``; None: all alike.
 
     Raises:
-        FormatError: If the format has no codes, the tensor is not floating point or holds NaN or infinity, or the range
-            rule is unknown.
+        FormatError: If the format has no codes or has a recipe, the tensor is not floating point, holds NaN or infinity
+            or is too large for the type of the scales, or the range rule is unknown.
     """
     return quantize_all(x, [fmt], channel_axis, method, importance)[fmt]
 
@@ -129,7 +151,7 @@ def fake_quantize(
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: Any format.
+        fmt: Any format without a recipe; with one see `mpq.quantizers.apply_recipe`.
         channel_axis: The output-channel axis of ``x``.
         method: Range rule, see `find_range`.
         importance: As for `quantize`.
@@ -141,9 +163,10 @@ def fake_quantize(
         ``out``.
 
     Raises:
-        FormatError: See `quantize`; or ``out`` has another shape or dtype. Where the tensor is refused for NaN or
-            infinity, ``out`` may be half written.
+        FormatError: See `quantize`; or ``out`` has another shape or dtype, or a cast would make infinities. Where the
+            tensor is refused for what it holds, ``out`` may be half written.
     """
+    _check_plain(fmt)
     if compile and method == "minmax" and coder_of(fmt) is None:
         out = torch.empty_like(x, requires_grad=False) if out is None else out
         _check_out(x, out)
@@ -163,13 +186,16 @@ def _rounded(
     finite: bool,
 ) -> Tensor:
     """As `fake_quantize`; without ``finite`` a block with NaN or infinity becomes NaN instead of being refused."""
-    out = torch.empty_like(x, requires_grad=False) if out is None else out
-    _check_out(x, out)
+    _check_out(x, x if out is None else out)
     if (coder := coder_of(fmt)) is not None and x.numel():
         if finite:
             _check(x)
         with torch.no_grad():
-            return out.copy_(coder.dequantize(coder.quantize(x, fmt, channel_axis, method, importance)))
+            values: Tensor = coder.dequantize(coder.quantize(x, fmt, channel_axis, method, importance))
+            if out is None and values.dtype == x.dtype and x.is_contiguous():
+                return values
+            return (torch.empty_like(x, requires_grad=False) if out is None else out).copy_(values)
+    out = torch.empty_like(x, requires_grad=False) if out is None else out
     fake_quantize_into([out], x, [fmt], channel_axis, method, importance, finite=finite)
     return out
 
@@ -186,7 +212,7 @@ def fake_quantize_all(
 
     Args:
         x: Floating-point tensor of any shape.
-        formats: Any formats.
+        formats: Any formats without recipes.
         channel_axis: The output-channel axis of ``x``.
         method: Range rule, see `find_range`.
         importance: As for `quantize`.
@@ -201,6 +227,7 @@ def fake_quantize_all(
         raise FormatError(f"there are {len(chosen)} formats, but {len(targets)} tensors to write to")
     together = []
     for fmt, out in zip(chosen, targets, strict=True):
+        _check_plain(fmt)
         _check_out(x, out)
         if coder_of(fmt) is None:
             together.append((fmt, out))
@@ -229,7 +256,8 @@ def quantize_all(
     found = {}
     for fmt, parts in zip(together, quantize_rows(x, together, channel_axis, method, importance), strict=True):
         codes, scale, zero, outer = parts
-        found[fmt] = QuantizedTensor(codes, scale, zero, fmt, tuple(x.shape), channel_axis, outer)
+        axis = block_axis(fmt, channel_axis)
+        found[fmt] = QuantizedTensor(codes, scale, zero, fmt, tuple(x.shape), axis, outer)
     for fmt in chosen:
         if fmt not in found:
             _check(x)
@@ -257,16 +285,24 @@ def cast(x: Tensor, fmt: NumberFormat) -> Tensor:
 
 
 def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> Tensor:
-    """Round an activation tensor to a format with a range known beforehand.
+    """Round an activation tensor to a format with a range known beforehand; NaN stays, infinity becomes an end.
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: A float format without scales, or a per-tensor format.
+        fmt: A float format without scales, or a per-tensor format; its recipe is the basis that ``x`` is in already.
         lo: Lower end of the calibrated range, at most 0.
         hi: Upper end, at least 0.
+
+    Raises:
+        FormatError: If the format has other scales, or the range does not hold zero.
     """
     if fmt.granularity == "none":
         return cast(x, fmt)
+    check_scaled(fmt)
+    if fmt.granularity != "tensor":
+        raise FormatError(f"{fmt.name} has no single scale: only per-tensor formats have a range known beforehand")
+    if not lo <= 0 <= hi:
+        raise FormatError(f"a range must hold zero, unlike {lo} to {hi}")
     ends = torch.tensor([lo, hi], dtype=work_dtype(x), device=x.device)
     scale, zero = scale_and_zero(ends[0], ends[1], fmt)
     return quantize_dequantize_(x.to(ends.dtype, copy=True), scale, zero, fmt).to(x.dtype)
@@ -277,11 +313,12 @@ def fake_quantize_dynamic(x: Tensor, fmt: NumberFormat, feature_axis: int = -1) 
 
     One per row, one per group of features in a row, or one per row and one per feature.
 
-    What is not finite is not refused here, in the middle of a forward pass: its row, or group, becomes NaN.
+    What is not finite is not refused here, in the middle of a forward pass: its row, or group, becomes NaN;
+    by ``cross`` its row and its column, and of nvfp4, whose scales share a factor, everything.
 
     Args:
         x: Floating-point tensor of any shape.
-        fmt: A format by ``token``, ``group:G`` or ``cross``.
+        fmt: A format by ``token``, ``group:G`` or ``cross``; its recipe is the basis that ``x`` is in already.
         feature_axis: Axis of the features: the last for tokens, the second for images.
     """
     if x.dim() == 0:
