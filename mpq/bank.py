@@ -242,6 +242,7 @@ class QuantizerBank:
         """
         self._observed = data
         self._observers.clear()
+        self._ranges.clear()
         for steps in ((), *sorted(self._input_steps)):
             self._observe(data, steps, progress)
 
