@@ -15,7 +15,9 @@ from mpq.quantizers import (
     fake_quantize,
     fake_quantize_dynamic,
     fake_quantize_static,
+    hadamard,
 )
+from mpq.quantizers import basis as basis_module
 from mpq.quantizers.basis import InputBasis, input_basis
 from mpq.quantizers.equalization import smooth_scales
 from mpq.quantizers.hadamard import hadamard_rotation, rotate
@@ -132,6 +134,23 @@ def test_half_precision_is_rotated_and_scaled_in_float32(steps):
     assert torch.equal(found, wide.bfloat16())
     ((static,), _) = quantize_inputs(layer, NumberFormat.parse("int8:tensor"), (-4.0, 4.0), ((x,), {}), basis)
     assert static.dtype == torch.bfloat16
+
+
+def test_rotations_are_made_when_needed_and_shared_by_size():
+    kept = {"smooth.scales": torch.ones(48).half()}
+    first, second = (input_basis(("smooth", "hadamard"), kept, n).steps[1] for n in (48, 16))
+    assert first is second is hadamard_rotation(80, torch.float64)
+    del first, second
+    assert (16, torch.float64) not in hadamard._in_use
+    with torch.inference_mode(), torch.device("meta"):
+        made = hadamard_rotation(32)
+    assert not made.is_inference()
+    assert made.device.type == "cpu"
+
+
+def test_scales_alone_build_no_rotation(monkeypatch):
+    monkeypatch.setattr(basis_module, "hadamard_rotation", None)
+    assert len(input_basis(("smooth",), {"smooth.scales": torch.ones(48).half()}, 48).steps) == 1
 
 
 def test_outliers_of_inputs_lose_less(net):

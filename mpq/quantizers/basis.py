@@ -52,8 +52,8 @@ def input_basis(steps: Sequence[str], kept: Mapping[str, Tensor], inputs: int) -
         kept: What they keep, see `mpq.quantizers.stored.StoredWeight`.
         inputs: Input channels of the weight.
     """
-    rotation = hadamard_rotation(inputs, torch.float64)
-    return InputBasis(tuple(kept["smooth.scales"] if step == "smooth" else rotation for step in steps))
+    found = (kept["smooth.scales"] if step == "smooth" else hadamard_rotation(inputs, torch.float64) for step in steps)
+    return InputBasis(tuple(found))
 
 
 def _tiled(scales: Tensor, rows: Tensor) -> Tensor:
