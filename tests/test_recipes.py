@@ -24,8 +24,9 @@ from mpq.quantizers.equalization import (
 from mpq.quantizers.hadamard import hadamard_rotation, rotate, rotate_stats
 from mpq.quantizers.lowrank import low_rank_factors
 from mpq.quantizers.outliers import channels_to_split, clusters, largest_elements
-from mpq.quantizers.recipes import apply_recipe
+from mpq.quantizers.recipes import apply_recipe, round_weight
 from mpq.quantizers.statistics import LayerStats
+from mpq.testing import prepared
 from mpq.view import channels_first
 
 parse = NumberFormat.parse
@@ -113,6 +114,32 @@ def test_enough_bits_leave_the_weight_alone():
     for recipe in [*DATA, *FREE]:
         rounded = apply_recipe(weight, parse(f"int16:{recipe}"), 0, "minmax", stats)
         torch.testing.assert_close(rounded, weight, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "what"),
+    [
+        ("kmeans_4:g8", 1e15, "a level of kmeans_4:g8"),
+        ("int4:sparse5", 1e5, "a weight of sparse5"),
+        ("int4:lorc2", 1e15, "a low-rank factor"),
+        ("int4:qera2", 1e15, "a low-rank factor"),
+    ],
+)
+def test_what_float16_does_not_hold_is_refused_by_name(name, unit, what):
+    weight = drawn(8, 32) * unit
+    with pytest.raises(FormatError, match=f"^{what} is .*, but float16, which it is kept in, ends at 65504"):
+        round_weight(weight, parse(name), "mse", stats_of(correlated()))
+    net = nn.Sequential(nn.Linear(32, 8)).double()
+    net[0].weight.data = weight
+    _, space, _, bank = prepared(net, [correlated()], f"W{name}A16")
+    with pytest.raises(FormatError, match=f"^layer '0': {what}.* float16"):
+        bank.prepare(space.schemes, progress=False)
+
+
+def test_what_float16_holds_is_kept():
+    weight = torch.tensor([[65504.0, -65519.0, 0.0, 1.0]])
+    assert fake_quantize(weight, parse("kmeans_2")).tolist() == [[65504, -65504, 0, 1]]
+    assert apply_recipe(weight, parse("int4:sparse500")).tolist() == [[65504, -65504, 0, 1]]
 
 
 # Rounding

@@ -34,6 +34,7 @@ from mpq.quantizers.adaround import adaquant, adaround, flexround
 from mpq.quantizers.blocks import to_blocks, to_rows
 from mpq.quantizers.elements import element_scales, stochastic
 from mpq.quantizers.equalization import awq_scales, smooth_scales
+from mpq.quantizers.float16 import to_float16
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.gptq import gptq
 from mpq.quantizers.grids import grid_of
@@ -111,7 +112,8 @@ def apply_recipe(
         stats: Of the inputs, in the order of the weight's other axes, where `NumberFormat.needs_data`.
 
     Raises:
-        FormatError: If the recipe needs statistics that are missing, or does not go with the format.
+        FormatError: If the recipe needs statistics that are missing, or does not go with the format; or the weight
+            holds what the format can't.
     """
     if not fmt.recipe:
         return fake_quantize(weight, fmt, channel_axis, method)
@@ -205,7 +207,7 @@ def _awq(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats) ->
 
 def _sparse(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
     places = largest_elements(weight, setting.number)
-    kept = weight.flatten()[places].half()
+    kept = to_float16(weight.flatten()[places], f"a weight of sparse{setting.number}")
     inner = rest(weight.flatten().index_fill(0, places, 0).view(weight.shape), stats)
     return inner.before("sparse", setting.positions, places=places.int(), values=kept)
 
