@@ -144,6 +144,9 @@ def round_weight(
         raise FormatError(f"{fmt.name} needs calibration data: statistics of the layer's inputs")
     rows = to_rows(weight.detach())
     rows = rows.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    # Some steps would take NaN for an outlier, and store it.
+    if rows.numel() and not all(bool(torch.isfinite(end)) for end in rows.aminmax()):
+        raise FormatError(f"the weight {list(shape)} holds NaN or infinity")
     with torch.no_grad():
         found = _chain(fmt, method, matrix_of(shape)[2])(rows, stats)
     return StoredWeight(fmt, shape, found.codes, found.kept)

@@ -1,0 +1,56 @@
+"""What meets a weight: rows of inputs, windows of convolutions, and the statistics of both."""
+
+import pytest
+import torch
+from random_tensors import drawn
+from torch import nn
+
+from mpq.attention import PackedProjection
+from mpq.input_statistics import input_rows, token_weights
+from mpq.view import channels_first
+
+LAYERS = [
+    (nn.Linear(4, 3), (2, 5, 4)),
+    (nn.Conv1d(4, 8, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
+    (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (3, 4, 9, 8)),
+    (nn.Conv2d(4, 6, (3, 2), padding="same", dilation=2), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 4, 3, groups=4), (4, 9, 9)),
+    (nn.Conv3d(2, 4, 2), (2, 2, 4, 5, 3)),
+    (nn.ConvTranspose1d(4, 6, 4, 3, 2, dilation=2), (2, 4, 7)),
+    (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (3, 4, 5, 6)),
+    (nn.ConvTranspose2d(3, 2, 1, 2), (2, 3, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "")
+def test_rows_times_the_weight_are_the_outputs(layer, shape):
+    layer, x = layer.double().requires_grad_(False), drawn(*shape)
+    rows = torch.cat(list(input_rows(layer, [x])), 1)
+    weight = channels_first(layer, layer.weight).flatten(1)
+    found = (rows @ weight.reshape(len(rows), -1, weight.shape[1]).transpose(1, 2)).transpose(0, 1).flatten(1)
+    expected = layer(x)
+    if not isinstance(layer, nn.Linear):
+        expected = (expected if expected.dim() == weight.dim() + layer.weight.dim() - 2 else expected[None]).movedim(
+            1, -1
+        )
+    torch.testing.assert_close(found + layer.bias, expected.flatten(0, -2))
+
+
+def test_rows_of_packed_attention_and_of_masked_tokens():
+    packed = PackedProjection(nn.Parameter(torch.zeros(12, 4)), None)
+    q, k = drawn(2, 5, 4).float(), drawn(2, 3, 4).float()
+    (rows,) = input_rows(packed, [q, q, q])
+    assert torch.equal(rows[0], q.flatten(0, 1))
+    (rows,) = input_rows(packed, [q, k, k])
+    assert torch.equal(rows[0], q.flatten(0, 1))
+    assert torch.equal(rows[2, :6], k.flatten(0, 1))
+    assert not rows[2, 6:].any()
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    (rows,) = input_rows(nn.Linear(4, 3), [q], mask)
+    assert torch.equal(rows[0], torch.cat([q[0, :2], q[1, :4]]))
+
+
+def test_token_weights_go_from_one_to_three_by_norm():
+    rows = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [0.0, 2.5]]])
+    assert token_weights(rows).tolist() == [3, 1, 2]
+    assert token_weights(torch.ones(1, 4, 2)).tolist() == [1, 1, 1, 1]
