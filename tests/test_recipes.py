@@ -9,7 +9,7 @@ from torch import nn
 
 from mpq import NumberFormat
 from mpq.errors import FormatError
-from mpq.quantizers import fake_quantize
+from mpq.quantizers import elements, fake_quantize, quantize, recipes
 from mpq.quantizers.adaround import adaquant, adaround, flexround
 from mpq.quantizers.elements import element_scales, neighbours, stochastic
 from mpq.quantizers.equalization import (
@@ -22,7 +22,7 @@ from mpq.quantizers.equalization import (
 from mpq.quantizers.hadamard import hadamard_rotation, rotate, rotate_stats
 from mpq.quantizers.lowrank import low_rank_factors
 from mpq.quantizers.outliers import channels_to_split, clusters, largest_elements
-from mpq.quantizers.recipes import apply_recipe, round_weight
+from mpq.quantizers.recipes import ROUNDINGS, apply_recipe, round_weight
 from mpq.quantizers.statistics import LayerStats
 from mpq.testing import prepared
 
@@ -204,6 +204,15 @@ def test_adaround_comes_near_the_best_of_all_roundings():
     best = torch.stack([cost(torch.where(c, high, low)) for c in choices]).amin(0).sum()
     nearest, found = cost(fake_quantize(weight, fmt)).sum(), cost(adaround(weight, fmt, stats)).sum()
     assert best <= found <= best + 0.6 * (nearest - best)
+
+
+@pytest.mark.parametrize("way", [*ROUNDINGS, "stochastic"])
+def test_the_range_is_searched_once(way, monkeypatch):
+    searched = []
+    for module in (recipes, elements):
+        monkeypatch.setattr(module, "quantize", lambda *args: searched.append(args) or quantize(*args))
+    apply_recipe(drawn(6, 32), parse(f"int4:g8:{way}"), 0, "mse", stats_of(correlated()))
+    assert len(searched) == 1
 
 
 # Rotation

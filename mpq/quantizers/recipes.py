@@ -169,12 +169,13 @@ def _nearest(fmt: NumberFormat, method: str, weight: Tensor, stats: LayerStats |
 
 
 def _rounded(setting: Setting, weight: Tensor, stats: LayerStats | None) -> Rounded:
+    nearest = quantize(weight, setting.fmt, 0, setting.method)  # the range is searched once
     if setting.name == "stochastic":
-        values = stochastic(weight, setting.fmt, setting.method)
+        values = stochastic(weight, setting.fmt, setting.method, nearest=nearest)
     else:
         assert stats is not None
-        values = ROUNDINGS[setting.name](weight, setting.fmt, stats, setting.method)
-    q = recoded(quantize(weight, setting.fmt, 0, setting.method), values)
+        values = ROUNDINGS[setting.name](weight, setting.fmt, stats, setting.method, nearest=nearest)
+    q = recoded(nearest, values)
     return Rounded(dequantize(q), (q,), {})
 
 
@@ -265,8 +266,9 @@ STEPS: dict[str, Callable[..., Rounded]] = {
     "qera": _lorc,
     "rsq": _rsq,
 }
-# Ways to round to a minimum of the outputs' error: they come last.
-ROUNDINGS: dict[str, Callable[[Tensor, NumberFormat, LayerStats, str], Tensor]] = {
+# Ways to round to a minimum of the outputs' error, which come last: (weight, format, statistics, range rule, what is
+# nearest) -> values.
+ROUNDINGS: dict[str, Callable[..., Tensor]] = {
     "gptq": gptq,
     "adaround": adaround,
     "flexround": flexround,
