@@ -175,6 +175,22 @@ def test_stochastic_rounding_is_unbiased_and_seeded():
     assert not torch.equal(found[0], found[1])
 
 
+def test_weights_and_formats_have_draws_of_their_own():
+    """Of weights that are alike but for one, and in formats with the same scales."""
+    weight = drawn(40, 50).clamp(-1, 1)
+    weight[:, 0] = 7
+    other = weight.clone()
+    other[0, 1] = 0.5
+    found, moved, grouped = (
+        apply_recipe(w, parse(n), 0, "minmax")
+        for w, n in ((weight, "int4:stochastic"), (other, "int4:stochastic"), (weight, "int4:g50:stochastic"))
+    )
+    assert torch.equal(found, apply_recipe(weight.clone(), parse("int4:stochastic"), 0, "minmax"))
+    for again in (moved, grouped):
+        errors = torch.stack([found - weight, again - weight])[:, :, 2:].flatten(1)
+        assert torch.corrcoef(errors)[0, 1] < 0.1
+
+
 @pytest.mark.parametrize("learn", [adaround, flexround, adaquant])
 @pytest.mark.parametrize("name", ["int3", "int4:g8", "nf4", "int2:asym"])
 def test_learned_rounding_beats_nearest_in_every_output(learn, name):
