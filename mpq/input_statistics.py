@@ -16,7 +16,7 @@ from mpq.attention import PackedProjection
 from mpq.calibration import Calibration
 from mpq.errors import DataError
 from mpq.progress import progress_bar
-from mpq.quantizers.blocks import work_dtype
+from mpq.quantizers.blocks import CACHED, work_dtype
 from mpq.quantizers.statistics import LayerStats
 from mpq.trees import tensors_in
 from mpq.view import ModelView, own_weight
@@ -207,19 +207,21 @@ class _Windows:
                 yield parts.reshape(self.groups, -1, parts.shape[3] * parts.shape[4])
             return
         chosen = torch.arange(0, self.count, self.step, device=self.x.device)
-        for places in chosen.split(max(1, _CHUNK // (self.x.shape[1] * len(self.offsets)))):
+        for places in torch.split(chosen, max(1, _CHUNK // (self.x.shape[1] * len(self.offsets)))):
             sample, *at = torch.unravel_index(places, (len(self.x), *self.sizes))
             under = [self.x[(sample, slice(None), *self._shifted(at, o))] for o in self.offsets]  # [places, channels]
             yield torch.stack(under, 2).reshape(len(places), self.groups, -1).transpose(0, 1).contiguous()
 
     def magnitudes(self) -> tuple[Tensor, Tensor, int]:
         """Of all windows: the largest of each input and their sums, both ``[groups, in]``, and how many windows."""
-        found = []
-        for p in (math.inf, 1):
-            x = torch.linalg.vector_norm(self.x, p, 0)
-            each = [torch.linalg.vector_norm(x[self._places(o)].flatten(1), p, 1) for o in self.offsets]
-            found.append(torch.stack(each, 1).reshape(self.groups, -1))
-        return found[0], found[1], self.count
+        largest = total = torch.zeros_like(self.x[0])
+        for samples in torch.split(self.x, max(1, CACHED // self.x[0].numel())):
+            magnitude = samples.abs()
+            largest, total = torch.maximum(largest, magnitude.amax(0)), total + magnitude.sum(0)
+        peaks = [largest[self._places(o)].flatten(1).amax(1) for o in self.offsets]
+        sums = [total[self._places(o)].flatten(1).sum(1) for o in self.offsets]
+        most, added = (torch.stack(x, 1).reshape(self.groups, -1) for x in (peaks, sums))
+        return most, added, self.count
 
     def _places(self, offset: tuple[int, ...]) -> tuple[Any, ...]:
         """What is under one position of the kernel, in all windows."""
