@@ -154,6 +154,9 @@ def test_files_are_not_trusted(small, tmp_path):
         (zlib.compress(b"{}"), "is damaged: its head has 'config' is a required property"),
         (zlib.compress(b'{"config": {}, "buffers": [], "tensors": {"a": ["object", [1]]}}'), "'object' is not one of"),
         (zlib.compress(b'{"config": {}, "buffers": [], "tensors": {"a": ["int8", [-1]]}}'), "less than the minimum"),
+        (zlib.compress(b'{"config": {}, "buffers": [], "tensors": {"a": ["int8", [4.0]]}}'), r"the shape \[4.0\] of"),
+        (zlib.compress(b'{"config": {}, "buffers": ["nope"], "tensors": {}}'), "buffer 'nope', which is no tensor"),
+        (zlib.compress(b'{"config": {}, "buffers": ["a", "a"], "tensors": {"a": ["int8", [4]]}}'), "non-unique"),
     ],
 )
 def test_heads_are_not_trusted(head, says, tmp_path):
@@ -161,6 +164,11 @@ def test_heads_are_not_trusted(head, says, tmp_path):
     save_file(tensors, tmp_path / "a", {"format": "mpq/packed-2"})
     with pytest.raises(ConfigError, match=says):
         packed_bytes(tmp_path / "a")
+
+
+def test_a_missing_folder_is_named(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere/a can't be written"):
+        mpq.save_quantized(small[0], small[2], tmp_path / "nowhere" / "a")
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(small, tmp_path):
