@@ -122,7 +122,8 @@ def gather(
                 check(name, magnitudes[0])
                 into.add_magnitudes(*magnitudes)
             for rows in input_rows(module, inputs, mask) if windows is None else windows.rows():
-                check(name, rows)
+                if not thinned:
+                    check(name, rows)
                 into.add(rows, by_token, not thinned)
 
         return update
