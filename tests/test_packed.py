@@ -255,6 +255,26 @@ def test_corrected_models_come_back(net, tmp_path):
     assert packed_bytes(path) == mpq.packed_size(quantized, cfg)
 
 
+def test_corrections_in_files_are_not_trusted_and_go_where_the_model_is(net, tmp_path):
+    model, calib = net
+    cfg = uniform(model, calib, "W4A4")
+    quantized = add_noise_bias(correct_bias(mpq.quantize(model, cfg), model, calib), calib)
+    path, noise = mpq.save_quantized(quantized, cfg, tmp_path / "a"), "fc.input_quantizer.noise"
+    for name, forged, fits in (
+        ("fc.bias", torch.zeros(5), r"torch.float32 \[5\], but must be torch.float32 \[10\]"),
+        ("first.bias", torch.zeros(16, dtype=torch.int8), r"torch.int8 \[16\], but must be torch.float32 \[16\]"),
+        (noise, torch.zeros(3), r"torch.float32 \[3\], but must be torch.float32 \[12\]"),
+        (noise, torch.zeros(12, dtype=torch.int8), r"torch.int8 \[12\], but must be torch.float32 \[12\]"),
+    ):
+        with pytest.raises(ConfigError, match=f"tensor '{name}' is {fits}"):
+            mpq.load_quantized(model, rewritten(path, tmp_path / "b", {name: forged}))
+    back = mpq.load_quantized(Net().to("meta"), path)
+    tensors = [*back.parameters(), *back.buffers()]
+    assert back.fc.input_quantizer.noise is not None
+    assert back.fc.bias is not None
+    assert {t.device.type for t in tensors} == {"meta"}
+
+
 def test_models_that_are_not_of_the_config_are_refused(net, tmp_path):
     model, calib = net
     cfg, other = uniform(model, calib, "W4A8"), uniform(model, calib, "W3A8")
