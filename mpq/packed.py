@@ -209,7 +209,7 @@ def _add_corrections(model: nn.Module, found: Layout) -> None:
     for name, module in model.named_modules():
         bias, noise = f"{name}.bias", f"{name}{_NOISE}"
         if isinstance(module, nn.Linear | _ConvNd) and bias in found and module.bias is None:
-            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            outputs = len(channels_first(module, module.weight))
             module.bias = nn.Parameter(module.weight.new_zeros(outputs))
         quantizer = module._modules.get("input_quantizer")
         if isinstance(module, nn.Linear) and isinstance(quantizer, InputQuantizer) and noise in found:
