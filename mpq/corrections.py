@@ -25,8 +25,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from mpq.apply import InputQuantizer
 from mpq.calibration import Batch, Calibration, read_batches
-from mpq.errors import GraphError
-from mpq.input_statistics import gather
+from mpq.errors import ConfigError, DataError, GraphError
+from mpq.input_statistics import gather, tokens_of
 from mpq.quantizers.equalization import cross_layer_scales, noise_bias, smooth_scales
 from mpq.trees import tensors_in
 from mpq.view import Forward, ModelView, channels_first, plain, preserved_state
@@ -50,6 +50,7 @@ _HOMOGENEOUS_CALLS = {torch.relu, F.relu, F.leaky_relu, F.max_pool2d, F.avg_pool
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 _SAME = 1e-3  # of the largest output
 _NOISE_ROWS = 4096
+_NO_DATA = "the data is empty: no batch with at least one sample (is a generator already used up?)"
 
 
 def equalize(model: nn.Module, pairs: Iterable[tuple[str, str]] | None = None, sweeps: int = 3) -> nn.Module:
@@ -221,22 +222,27 @@ def correct_bias(
         model: The float model.
         calib: Calibration batches.
         forward: As for `mpq.allocate`.
+
+    Raises:
+        ConfigError: If the float model has other layers than the quantized one.
+        DataError: If there is no data.
     """
     corrected = copy.deepcopy(plain(quantized))
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     wanted: dict[str, list[Tensor]] = {}
     size = 0
+    mask: Tensor | None = None
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            wanted.setdefault(name, []).append(_channel_means(module, output))
+            wanted.setdefault(name, []).append(_channel_means(module, output, mask))
 
         return hook
 
     def shift(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            missing = wanted[name].pop(0) - _channel_means(module, output)
+            missing = wanted[name].pop(0) - _channel_means(module, output, mask)
             sums[name] = sums.get(name, torch.zeros_like(missing)) + missing * size
             counts[name] = counts.get(name, 0.0) + size
             return output + missing.view(-1, *[1] * _places(module))
@@ -245,15 +251,21 @@ def correct_bias(
 
     with preserved_state(seed=0), torch.no_grad():
         exact, rounded = ModelView(model, forward), ModelView(corrected, forward)
-        names = [n for n, m in rounded.layers.items() if isinstance(m, Layer) and n in exact.layers]
+        _check_alike(rounded, exact)
+        names = [n for n, m in rounded.layers.items() if isinstance(m, Layer)]
         hooks = [exact.layers[n].register_forward_hook(keep(n)) for n in names]
         hooks += [rounded.layers[n].register_forward_hook(shift(n)) for n in names]
         with rounded.hooked(hooks):
             for batch in read_batches(calib, exact.read):
+                mask = batch.kwargs.get("attention_mask")
+                if isinstance(mask, Tensor) and not mask.any():
+                    continue  # nothing but padding
                 size = batch.size
                 wanted.clear()
                 exact(batch)
                 rounded(batch)
+        if not size:
+            raise DataError(_NO_DATA)
         for name, total in sums.items():
             layer = corrected.get_submodule(name)
             assert isinstance(layer, Layer)
@@ -267,7 +279,17 @@ def _places(layer: nn.Module) -> int:
     return len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
 
 
-def _channel_means(layer: nn.Module, output: Tensor) -> Tensor:
+def _check_alike(rounded: ModelView, exact: ModelView) -> None:
+    for name in rounded.layers:
+        shape = tuple(rounded.weight(name).shape)
+        if name not in exact.layers or tuple(exact.weight(name).shape) != shape:
+            raise ConfigError(f"this is not the float model: it has no layer {name!r} with a weight {list(shape)}")
+
+
+def _channel_means(layer: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor:
+    """Of what is no padding."""
+    if not _places(layer):
+        output = tokens_of(output, mask)
     return output.movedim(-1 - _places(layer), 0).flatten(1).double().mean(1).to(output.dtype)
 
 
@@ -315,6 +337,9 @@ def add_noise_bias(
         calib: Calibration batches.
         forward: As for `mpq.allocate`.
         seed: Of the noise.
+
+    Raises:
+        DataError: If there is no data.
     """
     noisy = copy.deepcopy(plain(quantized))
     rows: dict[str, list[Tensor]] = {}
@@ -334,12 +359,16 @@ def add_noise_bias(
         }
         # Before the layer's own quantizer, which is such a hook, too.
         hooks = [m.register_forward_pre_hook(keep(n), prepend=True, with_kwargs=True) for n, m in layers.items()]
+        size = 0
         try:
             for batch in read_batches(calib, ModelView(noisy, forward).read):
+                size += batch.size
                 _run(noisy, batch, forward)
         finally:
             for handle in hooks:
                 handle.remove()
+        if not size:
+            raise DataError(_NO_DATA)
         for name, parts in rows.items():
             quantizer, x = _quantizer(layers[name]), torch.cat(parts)
             assert quantizer is not None

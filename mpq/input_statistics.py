@@ -153,14 +153,14 @@ def input_rows(module: nn.Module, inputs: list[Tensor], mask: Tensor | None = No
     alike = len({id(x) for x in inputs}) == 1
     inputs = [x.detach().to(work_dtype(x)) for x in inputs]
     if isinstance(module, PackedProjection) and not alike:  # thirds of the outputs have inputs of their own
-        flat = [_tokens(x, mask) for x in inputs]
+        flat = [tokens_of(x, mask) for x in inputs]
         rows = max(len(x) for x in flat)
         yield torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in flat])
     else:
-        yield _tokens(inputs[0], mask)[None]
+        yield tokens_of(inputs[0], mask)[None]
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def tokens_of(x: Tensor, mask: Tensor | None) -> Tensor:
     """All rows ``[rows, in]`` but those of padding."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() > 2 and x.shape[:2] == mask.shape:
         x = x[mask.to(x.device) != 0]

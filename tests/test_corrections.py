@@ -7,7 +7,7 @@ from torch import nn
 
 import mpq
 from mpq.corrections import add_noise_bias, correct_bias, equalize, layer_pairs, reestimate_batch_norm, smooth
-from mpq.errors import GraphError
+from mpq.errors import ConfigError, DataError, GraphError
 
 
 class Net(nn.Module):
@@ -51,6 +51,39 @@ def test_corrected_biases_make_mean_outputs_equal():
     assert rounded.b.bias is None
     averaged = correct_bias(rounded, net, list(x.split(8)))
     assert (outputs(averaged, "fc", x).mean(1) - outputs(net, "fc", x).mean(1)).abs().max() < 0.01
+
+
+def test_corrections_want_data_and_the_same_float_model():
+    net, x = Net().eval(), inputs(16, 3, 8, 8)
+    rounded = quantized(net, [x])
+    for correct in (lambda: correct_bias(rounded, net, []), lambda: add_noise_bias(rounded, iter([]))):
+        with pytest.raises(DataError, match="the data is empty"):
+            correct()
+    other = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
+    with pytest.raises(ConfigError, match=r"not the float model: it has no layer 'a' with a weight \[8, 3, 3, 3\]"):
+        correct_bias(rounded, other, [x])
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x, attention_mask=None):
+        return self.fc(x)
+
+
+def test_padding_does_not_count_in_mean_outputs():
+    net, x, mask = Tokens().eval(), inputs(4, 7, 6), torch.ones(4, 7)
+    mask[:, 4:] = 0
+    x = torch.where(mask[:, :, None] > 0, x + 1, 50.0)
+    batch = {"x": x, "attention_mask": mask}
+    rounded = quantized(net, [batch], "W2A16")
+    corrected = correct_bias(rounded, net, [batch])
+    with torch.no_grad():
+        means = [m(x)[mask > 0].mean(0) for m in (net, corrected)]
+    torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-5)
 
 
 def test_batch_norm_gets_the_statistics_of_the_quantized_network():
