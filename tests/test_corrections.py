@@ -148,6 +148,26 @@ def test_pairs_that_do_not_fit_are_refused():
         equalize(Chain(), [("a", "pool")])
 
 
+def test_pairs_that_change_the_outputs_are_refused():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)), inputs(8, 6)
+    with pytest.raises(GraphError, match="are the same layer"):
+        equalize(net, [("0", "0")])
+    for pair in (("0", "2"), ("2", "0")):
+        with pytest.raises(GraphError, match=f"{pair[1]!r} alone reads {pair[0]!r}.*pass calib="):
+            equalize(net, [pair])
+        with pytest.raises(GraphError, match=r"\('., '.'\): the outputs change".replace("'.,", "'.',")):
+            equalize(net, [pair], calib=[x])
+    relu = nn.Sequential(net[0], nn.ReLU(), net[2])
+    for options in ({}, {"calib": [x]}):
+        found = equalize(relu, [("0", "2")], **options)
+        torch.testing.assert_close(found(x), relu(x))
+        assert not torch.equal(found[0].weight, net[0].weight)
+    relu[2].weight = relu[0].weight
+    with pytest.raises(GraphError, match="'0' shares its weight"):
+        equalize(relu, [("0", "2")])
+
+
 def test_noise_lowers_the_error_of_outputs():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 8))
@@ -197,3 +217,25 @@ def test_smoothed_inputs_have_no_outliers_and_outputs_stay():
         with torch.no_grad():
             lost.append(float((rounded(x) - net(x)).square().mean()))
     assert lost[1] < 0.7 * lost[0]
+
+
+class Leaky(Normed):
+    """One whose norm something else reads, if only a little."""
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.q(x) * self.k(x).sigmoid() + 1e-3 * x
+
+
+def test_half_precision_is_smoothed_and_small_readers_are_seen():
+    net, x = Normed().eval().bfloat16(), inputs(32, 5, 12).bfloat16()
+    with torch.no_grad():
+        net.norm.weight[4] *= 40
+        found = smooth(net, [x])
+        assert not torch.equal(found.norm.weight, net.norm.weight)
+        torch.testing.assert_close(found(x).float(), net(x).float(), rtol=0.05, atol=0.05)
+    leaky = Leaky().eval()
+    with pytest.warns(UserWarning, match="smooth changed nothing") as caught:
+        same = smooth(leaky, [x.float()])
+    assert caught[0].filename == __file__
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in leaky.state_dict().items())
