@@ -67,9 +67,9 @@ def quantize_inputs(
     def rounded(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
-        t = t if basis is None else basis.into(t, features)
-        t = fake_quantize_static(t, fmt, lo, hi) if static else fake_quantize_dynamic(t, fmt, features)
-        return t if basis is None else basis.back(t, features)
+        x = t if basis is None else basis.into(t, features)
+        x = fake_quantize_static(x, fmt, lo, hi) if static else fake_quantize_dynamic(x, fmt, features)
+        return x if basis is None else basis.back(x, features).to(t.dtype)
 
     args, kwargs = map_tensors(rounded, inputs)
     return args, kwargs
@@ -242,6 +242,7 @@ class QuantizerBank:
         """
         self._observed = data
         self._observers.clear()
+        self._ranges.clear()
         for steps in ((), *sorted(self._input_steps)):
             self._observe(data, steps, progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -16,12 +16,13 @@ from mpq.attention import PackedProjection
 from mpq.calibration import Calibration
 from mpq.errors import DataError
 from mpq.progress import progress_bar
+from mpq.quantizers.blocks import CACHED, work_dtype
 from mpq.quantizers.statistics import LayerStats
 from mpq.trees import tensors_in
 from mpq.view import ModelView, own_weight
 
 _CHUNK = 2**23  # elements of unfolded inputs at a time
-_PLACES = 2**14  # of a convolution's windows in a batch, evenly spread: neighbours have little news
+_PLACES = 2**14  # of a convolution's windows in a batch, evenly spread over it: neighbours have little news
 _TOKEN_WEIGHTS = 1.0, 3.0  # of the smallest and the largest norm, as RSQ's code has them
 
 
@@ -30,15 +31,15 @@ class _Sums:
 
     def __init__(self) -> None:
         self.hessian = self.magnitude = self.largest = torch.zeros(())
-        self.weight, self.rows = 0.0, 0
+        self.weight, self.rows, self.seen = 0.0, 0, 0
 
-    def add(self, rows: Tensor, by_token: bool) -> None:
-        """Take in rows ``[groups, rows, in]``."""
-        magnitude = rows.abs()
+    def add(self, rows: Tensor, by_token: bool, magnitudes: bool = True) -> None:
+        """Take in rows ``[groups, rows, in]``, their magnitudes included or not."""
         if rows.shape[1] == 0:
             return
-        self.magnitude = self.magnitude + magnitude.sum(1)
-        self.largest = torch.maximum(self.largest, magnitude.amax(1))
+        if magnitudes:
+            magnitude = rows.abs()
+            self.add_magnitudes(magnitude.amax(1), magnitude.sum(1), rows.shape[1])
         self.rows += rows.shape[1]
         if by_token:
             weights = token_weights(rows)
@@ -48,11 +49,17 @@ class _Sums:
             self.weight += rows.shape[1]
         self.hessian = self.hessian + rows.transpose(1, 2) @ rows
 
+    def add_magnitudes(self, largest: Tensor, total: Tensor, count: int) -> None:
+        """Take in the largest magnitudes ``[groups, in]`` of some rows, and the sums of all."""
+        self.largest = torch.maximum(self.largest, largest)
+        self.magnitude = self.magnitude + total
+        self.seen += count
+
     def result(self) -> LayerStats | None:
         """Means; None if there were no rows."""
         if not self.rows:
             return None
-        return LayerStats(self.hessian / self.weight, self.magnitude / self.rows, self.largest, self.rows)
+        return LayerStats(self.hessian / self.weight, self.magnitude / self.seen, self.largest, self.rows)
 
 
 def token_weights(rows: Tensor) -> Tensor:
@@ -101,12 +108,23 @@ def gather(
 
     mask: Tensor | None = None
 
+    def check(name: str, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise DataError(f"the input of layer {name!r} holds NaN or infinity")
+
     def hook(name: str) -> Any:
         def update(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for rows in input_rows(module, tensors_in((args, kwargs)), mask):
-                if not torch.isfinite(rows).all():
-                    raise DataError(f"the input of layer {name!r} holds NaN or infinity")
-                found[sums[name][0]].add(rows, by_token)
+            inputs = tensors_in((args, kwargs))
+            into, windows = found[sums[name][0]], _windows(module, inputs)
+            thinned = windows is not None and windows.step > 1
+            if windows is not None and thinned:  # what is largest must be seen wherever it is
+                magnitudes = windows.magnitudes()
+                check(name, magnitudes[0])
+                into.add_magnitudes(*magnitudes)
+            for rows in input_rows(module, inputs, mask) if windows is None else windows.rows():
+                if not thinned:
+                    check(name, rows)
+                into.add(rows, by_token, not thinned)
 
         return update
 
@@ -127,49 +145,93 @@ def input_rows(module: nn.Module, inputs: list[Tensor], mask: Tensor | None = No
         inputs: The tensors it is called with.
         mask: Which tokens ``[batch, tokens]`` are none but padding (0) and stay out, where inputs have these axes.
     """
+    windows = _windows(module, inputs)
+    if windows is not None:
+        yield from windows.rows()
+        return
     inputs = [x for x in inputs if x.is_floating_point()]
     alike = len({id(x) for x in inputs}) == 1
-    inputs = [x.detach() if x.dtype == torch.float64 else x.detach().float() for x in inputs]
+    inputs = [x.detach().to(work_dtype(x)) for x in inputs]
     if isinstance(module, PackedProjection) and not alike:  # thirds of the outputs have inputs of their own
-        flat = [_tokens(x, mask) for x in inputs]
+        flat = [tokens_of(x, mask) for x in inputs]
         rows = max(len(x) for x in flat)
         yield torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in flat])
-    elif isinstance(module, _ConvNd):
-        x = inputs[0] if inputs[0].dim() == len(module.kernel_size) + 2 else inputs[0][None]
-        yield from _patches(module, x)
     else:
-        yield _tokens(inputs[0], mask)[None]
+        yield tokens_of(inputs[0], mask)[None]
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def tokens_of(x: Tensor, mask: Tensor | None) -> Tensor:
     """All rows ``[rows, in]`` but those of padding."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() > 2 and x.shape[:2] == mask.shape:
         x = x[mask.to(x.device) != 0]
     return x.reshape(-1, x.shape[-1])
 
 
-def _patches(module: _ConvNd, x: Tensor) -> Iterator[Tensor]:
-    """Windows under a convolution's kernel ``[groups, rows, in / groups * positions]``, some samples at a time."""
-    x, stride = _padded(module, x)
-    kernel, dilation = module.kernel_size, module.dilation
-    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)]
-    step = -(-len(x) * math.prod(sizes) // _PLACES) | 1  # odd, so that no parity is left out
+def _windows(module: nn.Module, inputs: list[Tensor]) -> _Windows | None:
+    """Those of a convolution; None for other layers."""
+    if not isinstance(module, _ConvNd):
+        return None
+    x = next(t for t in inputs if t.is_floating_point()).detach()
+    x = x.to(work_dtype(x))
+    return _Windows(module, x if x.dim() == len(module.kernel_size) + 2 else x[None])
 
-    def window(samples: Tensor, offset: tuple[int, ...]) -> Tensor:
-        each = zip(offset, dilation, sizes, stride, strict=True)
-        places: tuple[Any, ...] = (..., *(slice(o * d, o * d + (n - 1) * s + 1, s) for o, d, n, s in each))
-        return samples[places][:, :, ::step]
 
-    offsets = list(product(*(range(k) for k in kernel)))
-    if isinstance(module, _ConvTransposeNd):
-        offsets.reverse()
-    taken = x[0].numel() * len(offsets) // min(step, sizes[0]) if len(x) else 1
-    for samples in torch.split(x, max(1, _CHUNK // max(taken, 1))):
-        windows = torch.stack([window(samples, o) for o in offsets], 2).flatten(
-            3
-        )  # [batch, channels, positions, places]
-        parts = torch.unflatten(windows, 1, (module.groups, -1)).permute(1, 0, 4, 2, 3)
-        yield parts.reshape(module.groups, -1, parts.shape[3] * parts.shape[4])
+class _Windows:
+    """The windows under a convolution's kernel.
+
+    Attributes:
+        step: One in so many is taken.
+    """
+
+    def __init__(self, module: _ConvNd, x: Tensor) -> None:
+        self.x, self.stride = _padded(module, x)
+        self.groups, self.dilation = module.groups, module.dilation
+        each = zip(self.x.shape[2:], module.kernel_size, module.dilation, self.stride, strict=True)
+        self.sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in each]
+        self.offsets = list(product(*(range(k) for k in module.kernel_size)))
+        if isinstance(module, _ConvTransposeNd):
+            self.offsets.reverse()
+        self.count = len(x) * math.prod(self.sizes)
+        self.step = max(1, -(-self.count // _PLACES))
+        # Without a common divisor, the same row, column or sample is not met over and over.
+        while self.step > 1 and math.gcd(self.step, self.count) > 1:
+            self.step += 1
+
+    def rows(self) -> Iterator[Tensor]:
+        """``[groups, rows, in / groups * positions]``, some samples at a time."""
+        if self.step == 1:
+            taken = self.x[0].numel() * len(self.offsets) if len(self.x) else 1
+            for samples in torch.split(self.x, max(1, _CHUNK // max(taken, 1))):
+                # [batch, channels, positions, places]
+                windows = torch.stack([samples[self._places(o)] for o in self.offsets], 2).flatten(3)
+                parts = torch.unflatten(windows, 1, (self.groups, -1)).permute(1, 0, 4, 2, 3)
+                yield parts.reshape(self.groups, -1, parts.shape[3] * parts.shape[4])
+            return
+        chosen = torch.arange(0, self.count, self.step, device=self.x.device)
+        for places in torch.split(chosen, max(1, _CHUNK // (self.x.shape[1] * len(self.offsets)))):
+            sample, *at = torch.unravel_index(places, (len(self.x), *self.sizes))
+            under = [self.x[(sample, slice(None), *self._shifted(at, o))] for o in self.offsets]  # [places, channels]
+            yield torch.stack(under, 2).reshape(len(places), self.groups, -1).transpose(0, 1).contiguous()
+
+    def magnitudes(self) -> tuple[Tensor, Tensor, int]:
+        """Of all windows: the largest of each input and their sums, both ``[groups, in]``, and how many windows."""
+        largest = total = torch.zeros_like(self.x[0])
+        for samples in torch.split(self.x, max(1, CACHED // self.x[0].numel())):
+            magnitude = samples.abs()
+            largest, total = torch.maximum(largest, magnitude.amax(0)), total + magnitude.sum(0)
+        peaks = [largest[self._places(o)].flatten(1).amax(1) for o in self.offsets]
+        sums = [total[self._places(o)].flatten(1).sum(1) for o in self.offsets]
+        most, added = (torch.stack(x, 1).reshape(self.groups, -1) for x in (peaks, sums))
+        return most, added, self.count
+
+    def _places(self, offset: tuple[int, ...]) -> tuple[Any, ...]:
+        """What is under one position of the kernel, in all windows."""
+        each = zip(offset, self.dilation, self.sizes, self.stride, strict=True)
+        return (..., *(slice(o * d, o * d + (n - 1) * s + 1, s) for o, d, n, s in each))
+
+    def _shifted(self, at: Sequence[Tensor], offset: tuple[int, ...]) -> list[Any]:
+        """Where one position of the kernel is in some windows."""
+        return [a * s + o * d for a, o, d, s in zip(at, offset, self.dilation, self.stride, strict=True)]
 
 
 def _padded(module: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from mpq.apply import InputQuantizer, add_input_quantizers, check_fits, quantize, set_input_bases
 from mpq.config import BitConfig
@@ -34,6 +35,7 @@ from mpq.quantizers.stored import StoredWeight, from_parts, layout, to_parts
 from mpq.view import Forward, Network, channels_first, copy_model, plain, share_weights
 
 _NOISE = ".input_quantizer.noise"
+_NOISE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_quantized(
@@ -200,16 +202,20 @@ def _check_inputs(model: nn.Module, config: BitConfig) -> None:
 
 
 def _add_corrections(model: nn.Module, found: Layout) -> None:
-    """Make room for what `mpq.corrections` adds to a quantized model: biases, and noise of inputs."""
+    """Make room for what `mpq.corrections` adds to a quantized model: biases, and noise of inputs.
+
+    Where, how large and of which type it is, the model says; `_compare` refuses what a file has otherwise.
+    """
     for name, module in model.named_modules():
         bias, noise = f"{name}.bias", f"{name}{_NOISE}"
-        if bias in found and "bias" in module._parameters and module.bias is None:
-            dtype, shape = found[bias]
-            module.bias = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        if isinstance(module, nn.Linear | _ConvNd) and bias in found and module.bias is None:
+            outputs = len(channels_first(module, module.weight))
+            module.bias = nn.Parameter(module.weight.new_zeros(outputs))
         quantizer = module._modules.get("input_quantizer")
-        if noise in found and isinstance(quantizer, InputQuantizer):
-            dtype, shape = found[noise]
-            quantizer.noise = torch.zeros(shape, dtype=dtype)
+        if isinstance(module, nn.Linear) and isinstance(quantizer, InputQuantizer) and noise in found:
+            dtype = found[noise][0]  # that of the layer's inputs
+            dtype = dtype if dtype in _NOISE_DTYPES else module.weight.dtype
+            quantizer.noise = module.weight.new_zeros(module.in_features, dtype=dtype)
 
 
 def _compare(found: Layout, expected: Layout, path: str | Path) -> None:

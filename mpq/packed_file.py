@@ -35,7 +35,7 @@ _HEAD = {
     "additionalProperties": False,
     "properties": {
         "config": {"type": "object"},
-        "buffers": {"type": "array", "items": {"type": "string"}},
+        "buffers": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
         "tensors": {
             "type": "object",
             "additionalProperties": {
@@ -60,11 +60,17 @@ def write_packed(path: Path, config: BitConfig, tensors: Mapping[str, Tensor], b
         config: The config.
         tensors: All tensors by name.
         buffers: Which of them are buffers.
+
+    Raises:
+        ConfigError: If it can't be written.
     """
     names = _ordered({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     flat = [tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name in names]
     head = torch.frombuffer(bytearray(_head(config, names, buffers)), dtype=torch.uint8)
-    save_file({"data": torch.cat([head[:0], *flat]), "head": head}, path, _METADATA)
+    try:
+        save_file({"data": torch.cat([head[:0], *flat]), "head": head}, path, _METADATA)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} can't be written: {error}") from None
 
 
 def packed_sizes(config: BitConfig, layout: Layout, buffers: list[str]) -> dict[str, int]:
@@ -139,6 +145,14 @@ class PackedFile:
         problem = next(jsonschema.Draft202012Validator(_HEAD).iter_errors(found), None)
         if problem is not None:
             raise ConfigError(f"{self.path} is damaged: its head has {problem.message[:200]}")
+        for name, (_, shape) in found["tensors"].items():
+            if any(type(n) is not int for n in shape):  # JSON schema takes 4.0 for an integer
+                raise ConfigError(f"{self.path} is damaged: its head has the shape {shape} of tensor {name!r}")
+        unknown = [name for name in found["buffers"] if name not in found["tensors"]]
+        if unknown:
+            raise ConfigError(
+                f"{self.path} is damaged: its head has the buffer {unknown[0]!r}, which is no tensor in it"
+            )
         return found
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import mpq
 from mpq.corrections import add_noise_bias, correct_bias, equalize, layer_pairs, reestimate_batch_norm, smooth
-from mpq.errors import GraphError
+from mpq.errors import ConfigError, DataError, GraphError
 
 
 class Net(nn.Module):
@@ -51,6 +51,39 @@ def test_corrected_biases_make_mean_outputs_equal():
     assert rounded.b.bias is None
     averaged = correct_bias(rounded, net, list(x.split(8)))
     assert (outputs(averaged, "fc", x).mean(1) - outputs(net, "fc", x).mean(1)).abs().max() < 0.01
+
+
+def test_corrections_want_data_and_the_same_float_model():
+    net, x = Net().eval(), inputs(16, 3, 8, 8)
+    rounded = quantized(net, [x])
+    for correct in (lambda: correct_bias(rounded, net, []), lambda: add_noise_bias(rounded, iter([]))):
+        with pytest.raises(DataError, match="the data is empty"):
+            correct()
+    other = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
+    with pytest.raises(ConfigError, match=r"not the float model: it has no layer 'a' with a weight \[8, 3, 3, 3\]"):
+        correct_bias(rounded, other, [x])
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x, attention_mask=None):
+        return self.fc(x)
+
+
+def test_padding_does_not_count_in_mean_outputs():
+    net, x, mask = Tokens().eval(), inputs(4, 7, 6), torch.ones(4, 7)
+    mask[:, 4:] = 0
+    x = torch.where(mask[:, :, None] > 0, x + 1, 50.0)
+    batch = {"x": x, "attention_mask": mask}
+    rounded = quantized(net, [batch], "W2A16")
+    corrected = correct_bias(rounded, net, [batch])
+    with torch.no_grad():
+        means = [m(x)[mask > 0].mean(0) for m in (net, corrected)]
+    torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-5)
 
 
 def test_batch_norm_gets_the_statistics_of_the_quantized_network():
@@ -115,6 +148,26 @@ def test_pairs_that_do_not_fit_are_refused():
         equalize(Chain(), [("a", "pool")])
 
 
+def test_pairs_that_change_the_outputs_are_refused():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)), inputs(8, 6)
+    with pytest.raises(GraphError, match="are the same layer"):
+        equalize(net, [("0", "0")])
+    for pair in (("0", "2"), ("2", "0")):
+        with pytest.raises(GraphError, match=f"{pair[1]!r} alone reads {pair[0]!r}.*pass calib="):
+            equalize(net, [pair])
+        with pytest.raises(GraphError, match=r"\('., '.'\): the outputs change".replace("'.,", "'.',")):
+            equalize(net, [pair], calib=[x])
+    relu = nn.Sequential(net[0], nn.ReLU(), net[2])
+    for options in ({}, {"calib": [x]}):
+        found = equalize(relu, [("0", "2")], **options)
+        torch.testing.assert_close(found(x), relu(x))
+        assert not torch.equal(found[0].weight, net[0].weight)
+    relu[2].weight = relu[0].weight
+    with pytest.raises(GraphError, match="'0' shares its weight"):
+        equalize(relu, [("0", "2")])
+
+
 def test_noise_lowers_the_error_of_outputs():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 8))
@@ -164,3 +217,25 @@ def test_smoothed_inputs_have_no_outliers_and_outputs_stay():
         with torch.no_grad():
             lost.append(float((rounded(x) - net(x)).square().mean()))
     assert lost[1] < 0.7 * lost[0]
+
+
+class Leaky(Normed):
+    """One whose norm something else reads, if only a little."""
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.q(x) * self.k(x).sigmoid() + 1e-3 * x
+
+
+def test_half_precision_is_smoothed_and_small_readers_are_seen():
+    net, x = Normed().eval().bfloat16(), inputs(32, 5, 12).bfloat16()
+    with torch.no_grad():
+        net.norm.weight[4] *= 40
+        found = smooth(net, [x])
+        assert not torch.equal(found.norm.weight, net.norm.weight)
+        torch.testing.assert_close(found(x).float(), net(x).float(), rtol=0.05, atol=0.05)
+    leaky = Leaky().eval()
+    with pytest.warns(UserWarning, match="smooth changed nothing") as caught:
+        same = smooth(leaky, [x.float()])
+    assert caught[0].filename == __file__
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in leaky.state_dict().items())

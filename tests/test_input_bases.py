@@ -5,10 +5,20 @@ import torch
 from torch import nn
 
 import mpq
+from mpq.bank import quantize_inputs
 from mpq.errors import FormatError
 from mpq.packed import packed_bytes
-from mpq.quantizers import ActivationObserver, Scheme, fake_quantize, fake_quantize_dynamic, fake_quantize_static
-from mpq.quantizers.basis import InputBasis
+from mpq.quantizers import (
+    ActivationObserver,
+    NumberFormat,
+    Scheme,
+    fake_quantize,
+    fake_quantize_dynamic,
+    fake_quantize_static,
+    hadamard,
+)
+from mpq.quantizers import basis as basis_module
+from mpq.quantizers.basis import InputBasis, input_basis
 from mpq.quantizers.equalization import smooth_scales
 from mpq.quantizers.hadamard import hadamard_rotation, rotate
 
@@ -112,6 +122,35 @@ def test_rotated_inputs_are_rounded_where_they_are_rotated(net):
     rotation = hadamard_rotation(12)
     expected = rotate(fake_quantize_dynamic(rotate(seen["before"], rotation), cfg["fc"].activation), rotation.T)
     torch.testing.assert_close(seen["after"], expected)
+
+
+@pytest.mark.parametrize("steps", [("hadamard",), ("smooth",), ("smooth", "hadamard")])
+def test_half_precision_is_rotated_and_scaled_in_float32(steps):
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kept = {"smooth.scales": torch.logspace(-1, 1, 256).half()}
+    basis, layer, fmt = input_basis(steps, kept, 256), nn.Linear(256, 1), NumberFormat.parse("int8:token")
+    ((found,), _), ((wide,), _) = (quantize_inputs(layer, fmt, None, ((t,), {}), basis) for t in (x, x.float()))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wide.bfloat16())
+    ((static,), _) = quantize_inputs(layer, NumberFormat.parse("int8:tensor"), (-4.0, 4.0), ((x,), {}), basis)
+    assert static.dtype == torch.bfloat16
+
+
+def test_rotations_are_made_when_needed_and_shared_by_size():
+    kept = {"smooth.scales": torch.ones(48).half()}
+    first, second = (input_basis(("smooth", "hadamard"), kept, n).steps[1] for n in (48, 16))
+    assert first is second is hadamard_rotation(80, torch.float64)
+    del first, second
+    assert (16, torch.float64) not in hadamard._in_use
+    with torch.inference_mode(), torch.device("meta"):
+        made = hadamard_rotation(32)
+    assert not made.is_inference()
+    assert made.device.type == "cpu"
+
+
+def test_scales_alone_build_no_rotation(monkeypatch):
+    monkeypatch.setattr(basis_module, "hadamard_rotation", None)
+    assert len(input_basis(("smooth",), {"smooth.scales": torch.ones(48).half()}, 48).steps) == 1
 
 
 def test_outliers_of_inputs_lose_less(net):

@@ -154,6 +154,9 @@ def test_files_are_not_trusted(small, tmp_path):
         (zlib.compress(b"{}"), "is damaged: its head has 'config' is a required property"),
         (zlib.compress(b'{"config": {}, "buffers": [], "tensors": {"a": ["object", [1]]}}'), "'object' is not one of"),
         (zlib.compress(b'{"config": {}, "buffers": [], "tensors": {"a": ["int8", [-1]]}}'), "less than the minimum"),
+        (zlib.compress(b'{"config": {}, "buffers": [], "tensors": {"a": ["int8", [4.0]]}}'), r"the shape \[4.0\] of"),
+        (zlib.compress(b'{"config": {}, "buffers": ["nope"], "tensors": {}}'), "buffer 'nope', which is no tensor"),
+        (zlib.compress(b'{"config": {}, "buffers": ["a", "a"], "tensors": {"a": ["int8", [4]]}}'), "non-unique"),
     ],
 )
 def test_heads_are_not_trusted(head, says, tmp_path):
@@ -161,6 +164,11 @@ def test_heads_are_not_trusted(head, says, tmp_path):
     save_file(tensors, tmp_path / "a", {"format": "mpq/packed-2"})
     with pytest.raises(ConfigError, match=says):
         packed_bytes(tmp_path / "a")
+
+
+def test_a_missing_folder_is_named(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere/a can't be written"):
+        mpq.save_quantized(small[0], small[2], tmp_path / "nowhere" / "a")
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(small, tmp_path):
@@ -245,6 +253,26 @@ def test_corrected_models_come_back(net, tmp_path):
     with torch.no_grad():
         assert torch.equal(back(calib[1]), quantized(calib[1]))
     assert packed_bytes(path) == mpq.packed_size(quantized, cfg)
+
+
+def test_corrections_in_files_are_not_trusted_and_go_where_the_model_is(net, tmp_path):
+    model, calib = net
+    cfg = uniform(model, calib, "W4A4")
+    quantized = add_noise_bias(correct_bias(mpq.quantize(model, cfg), model, calib), calib)
+    path, noise = mpq.save_quantized(quantized, cfg, tmp_path / "a"), "fc.input_quantizer.noise"
+    for name, forged, fits in (
+        ("fc.bias", torch.zeros(5), r"torch.float32 \[5\], but must be torch.float32 \[10\]"),
+        ("first.bias", torch.zeros(16, dtype=torch.int8), r"torch.int8 \[16\], but must be torch.float32 \[16\]"),
+        (noise, torch.zeros(3), r"torch.float32 \[3\], but must be torch.float32 \[12\]"),
+        (noise, torch.zeros(12, dtype=torch.int8), r"torch.int8 \[12\], but must be torch.float32 \[12\]"),
+    ):
+        with pytest.raises(ConfigError, match=f"tensor '{name}' is {fits}"):
+            mpq.load_quantized(model, rewritten(path, tmp_path / "b", {name: forged}))
+    back = mpq.load_quantized(Net().to("meta"), path)
+    tensors = [*back.parameters(), *back.buffers()]
+    assert back.fc.input_quantizer.noise is not None
+    assert back.fc.bias is not None
+    assert {t.device.type for t in tensors} == {"meta"}
 
 
 def test_models_that_are_not_of_the_config_are_refused(net, tmp_path):

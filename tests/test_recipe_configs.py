@@ -147,6 +147,15 @@ def test_one_pass_serves_all_layers_and_formats():
     assert bank.passes == 2
 
 
+def test_ranges_are_those_of_the_data_that_was_observed_last():
+    _, space, data, bank = prepared(Grouped(), [inputs(4, 3, 10, 10)], "W8A8")
+    layer, fmt = space.graph["first"], space.schemes[0].activation
+    bank.observe(data, progress=False)
+    lo, hi = bank.range(layer, fmt)
+    bank.observe(Calibration.load([inputs(4, 3, 10, 10) * 100], bank.view.read), progress=False)
+    assert bank.range(layer, fmt) == pytest.approx((100 * lo, 100 * hi))
+
+
 def test_embeddings_are_rounded_to_nearest_unless_they_share_a_weight():
     net, calib = Tied().eval(), [torch.arange(40).reshape(8, 5) % 30]
     config = uniform(net, calib, "W3:gptq")

@@ -8,10 +8,8 @@ from random_tensors import drawn
 from torch import nn
 
 from mpq import NumberFormat
-from mpq.attention import PackedProjection
 from mpq.errors import FormatError
-from mpq.input_statistics import input_rows, token_weights
-from mpq.quantizers import fake_quantize
+from mpq.quantizers import elements, fake_quantize, quantize, recipes
 from mpq.quantizers.adaround import adaquant, adaround, flexround
 from mpq.quantizers.elements import element_scales, neighbours, stochastic
 from mpq.quantizers.equalization import (
@@ -24,9 +22,9 @@ from mpq.quantizers.equalization import (
 from mpq.quantizers.hadamard import hadamard_rotation, rotate, rotate_stats
 from mpq.quantizers.lowrank import low_rank_factors
 from mpq.quantizers.outliers import channels_to_split, clusters, largest_elements
-from mpq.quantizers.recipes import apply_recipe
+from mpq.quantizers.recipes import ROUNDINGS, apply_recipe, round_weight
 from mpq.quantizers.statistics import LayerStats
-from mpq.view import channels_first
+from mpq.testing import prepared
 
 parse = NumberFormat.parse
 DATA = ["gptq", "adaround", "flexround", "adaquant", "awq", "smooth", "qera2", "rsq:gptq", "awq:gptq", "hadamard:gptq"]
@@ -115,6 +113,41 @@ def test_enough_bits_leave_the_weight_alone():
         torch.testing.assert_close(rounded, weight, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "unit", "what"),
+    [
+        ("kmeans_4:g8", 1e15, "a level of kmeans_4:g8"),
+        ("int4:sparse5", 1e5, "a weight of sparse5"),
+        ("int4:lorc2", 1e15, "a low-rank factor"),
+        ("int4:qera2", 1e15, "a low-rank factor"),
+    ],
+)
+def test_what_float16_does_not_hold_is_refused_by_name(name, unit, what):
+    weight = drawn(8, 32) * unit
+    with pytest.raises(FormatError, match=f"^{what} is .*, but float16, which it is kept in, ends at 65504"):
+        round_weight(weight, parse(name), "mse", stats_of(correlated()))
+    net = nn.Sequential(nn.Linear(32, 8)).double()
+    net[0].weight.data = weight
+    _, space, _, bank = prepared(net, [correlated()], f"W{name}A16")
+    with pytest.raises(FormatError, match=f"^layer '0': {what}.* float16"):
+        bank.prepare(space.schemes, progress=False)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("recipe", ["sparse5", "hadamard", "sparse5:gptq"])
+def test_weights_that_are_not_finite_are_refused(recipe, broken):
+    weight = drawn(8, 32)
+    weight[2, 3] = broken
+    with pytest.raises(FormatError, match=r"the weight \[8, 32\] holds NaN or infinity"):
+        apply_recipe(weight, parse(f"int4:{recipe}"), 0, "mse", stats_of(correlated()))
+
+
+def test_what_float16_holds_is_kept():
+    weight = torch.tensor([[65504.0, -65519.0, 0.0, 1.0]])
+    assert fake_quantize(weight, parse("kmeans_2")).tolist() == [[65504, -65504, 0, 1]]
+    assert apply_recipe(weight, parse("int4:sparse500")).tolist() == [[65504, -65504, 0, 1]]
+
+
 # Rounding
 
 
@@ -140,6 +173,22 @@ def test_stochastic_rounding_is_unbiased_and_seeded():
     assert found[:, 0, 1:].mean().item() == pytest.approx(0.3, abs=4 * (0.21 / 40_000) ** 0.5)
     assert torch.equal(found[0], stochastic(x, fmt, "minmax", 0))
     assert not torch.equal(found[0], found[1])
+
+
+def test_weights_and_formats_have_draws_of_their_own():
+    """Of weights that are alike but for one, and in formats with the same scales."""
+    weight = drawn(40, 50).clamp(-1, 1)
+    weight[:, 0] = 7
+    other = weight.clone()
+    other[0, 1] = 0.5
+    found, moved, grouped = (
+        apply_recipe(w, parse(n), 0, "minmax")
+        for w, n in ((weight, "int4:stochastic"), (other, "int4:stochastic"), (weight, "int4:g50:stochastic"))
+    )
+    assert torch.equal(found, apply_recipe(weight.clone(), parse("int4:stochastic"), 0, "minmax"))
+    for again in (moved, grouped):
+        errors = torch.stack([found - weight, again - weight])[:, :, 2:].flatten(1)
+        assert torch.corrcoef(errors)[0, 1] < 0.1
 
 
 @pytest.mark.parametrize("learn", [adaround, flexround, adaquant])
@@ -171,6 +220,15 @@ def test_adaround_comes_near_the_best_of_all_roundings():
     best = torch.stack([cost(torch.where(c, high, low)) for c in choices]).amin(0).sum()
     nearest, found = cost(fake_quantize(weight, fmt)).sum(), cost(adaround(weight, fmt, stats)).sum()
     assert best <= found <= best + 0.6 * (nearest - best)
+
+
+@pytest.mark.parametrize("way", [*ROUNDINGS, "stochastic"])
+def test_the_range_is_searched_once(way, monkeypatch):
+    searched = []
+    for module in (recipes, elements):
+        monkeypatch.setattr(module, "quantize", lambda *args: searched.append(args) or quantize(*args))
+    apply_recipe(drawn(6, 32), parse(f"int4:g8:{way}"), 0, "mse", stats_of(correlated()))
+    assert len(searched) == 1
 
 
 # Rotation
@@ -306,52 +364,3 @@ def test_noise_helps_where_values_fall_between_two_codes():
     assert noisy < 0.1 * plain
     on_codes = torch.arange(16.0).repeat(4, 4)
     assert torch.equal(noise_bias(on_codes, fmt, 0.0, 15.0), torch.zeros(64))
-
-
-# Statistics of inputs
-
-LAYERS = [
-    (nn.Linear(4, 3), (2, 5, 4)),
-    (nn.Conv1d(4, 8, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
-    (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (3, 4, 9, 8)),
-    (nn.Conv2d(4, 6, (3, 2), padding="same", dilation=2), (2, 4, 9, 8)),
-    (nn.Conv2d(4, 4, 3, groups=4), (4, 9, 9)),
-    (nn.Conv3d(2, 4, 2), (2, 2, 4, 5, 3)),
-    (nn.ConvTranspose1d(4, 6, 4, 3, 2, dilation=2), (2, 4, 7)),
-    (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (3, 4, 5, 6)),
-    (nn.ConvTranspose2d(3, 2, 1, 2), (2, 3, 4, 4)),
-]
-
-
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "")
-def test_rows_times_the_weight_are_the_outputs(layer, shape):
-    layer, x = layer.double().requires_grad_(False), drawn(*shape)
-    rows = torch.cat(list(input_rows(layer, [x])), 1)
-    weight = channels_first(layer, layer.weight).flatten(1)
-    found = (rows @ weight.reshape(len(rows), -1, weight.shape[1]).transpose(1, 2)).transpose(0, 1).flatten(1)
-    expected = layer(x)
-    if not isinstance(layer, nn.Linear):
-        expected = (expected if expected.dim() == weight.dim() + layer.weight.dim() - 2 else expected[None]).movedim(
-            1, -1
-        )
-    torch.testing.assert_close(found + layer.bias, expected.flatten(0, -2))
-
-
-def test_rows_of_packed_attention_and_of_masked_tokens():
-    packed = PackedProjection(nn.Parameter(torch.zeros(12, 4)), None)
-    q, k = drawn(2, 5, 4).float(), drawn(2, 3, 4).float()
-    (rows,) = input_rows(packed, [q, q, q])
-    assert torch.equal(rows[0], q.flatten(0, 1))
-    (rows,) = input_rows(packed, [q, k, k])
-    assert torch.equal(rows[0], q.flatten(0, 1))
-    assert torch.equal(rows[2, :6], k.flatten(0, 1))
-    assert not rows[2, 6:].any()
-    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
-    (rows,) = input_rows(nn.Linear(4, 3), [q], mask)
-    assert torch.equal(rows[0], torch.cat([q[0, :2], q[1, :4]]))
-
-
-def test_token_weights_go_from_one_to_three_by_norm():
-    rows = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [0.0, 2.5]]])
-    assert token_weights(rows).tolist() == [3, 1, 2]
-    assert token_weights(torch.ones(1, 4, 2)).tolist() == [1, 1, 1, 1]

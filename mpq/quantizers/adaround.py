@@ -19,6 +19,7 @@ from torch import Tensor
 from mpq.quantizers.elements import element_scales, neighbours, round_elements
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.statistics import LayerStats
+from mpq.quantizers.tensors import QuantizedTensor
 
 _STEPS = 200
 _LOOK = 10  # steps between two looks at what rounding gives
@@ -47,8 +48,10 @@ class _Layer:
     fmt: NumberFormat
 
     @classmethod
-    def of(cls, weight: Tensor, fmt: NumberFormat, stats: LayerStats, method: str) -> _Layer:
-        scale, zero = element_scales(weight, fmt, method)
+    def of(
+        cls, weight: Tensor, fmt: NumberFormat, stats: LayerStats, method: str, nearest: QuantizedTensor | None
+    ) -> _Layer:
+        scale, zero = element_scales(weight, fmt, method, nearest)
         parts = (stats.by_group(weight), stats.by_group(scale), None if zero is None else stats.by_group(zero))
         return cls(*parts, stats.damped().to(weight.dtype), fmt)
 
@@ -65,7 +68,13 @@ class _Layer:
 
 
 def adaround(
-    weight: Tensor, fmt: NumberFormat, stats: LayerStats, method: str = "mse", *, steps: int = _STEPS
+    weight: Tensor,
+    fmt: NumberFormat,
+    stats: LayerStats,
+    method: str = "mse",
+    *,
+    steps: int = _STEPS,
+    nearest: QuantizedTensor | None = None,
 ) -> Tensor:
     """Learn for each weight whether it goes to the value below or above (Nagel et al., AdaRound, 2020, eq. 21 to 25).
 
@@ -75,11 +84,12 @@ def adaround(
         stats: Of the layer's inputs.
         method: Range rule of the scales.
         steps: Of Adam.
+        nearest: The weight rounded to nearest, if it is at hand.
 
     Raises:
         FormatError: If the format is not scalar.
     """
-    layer = _Layer.of(weight, fmt, stats, method)
+    layer = _Layer.of(weight, fmt, stats, method, nearest)
     low, high = neighbours(layer.weight, layer.scale, layer.zero, fmt)
     gap = high - low
     share = ((layer.weight - low) / torch.where(gap > 0, gap, 1)).clamp(0, 1)
@@ -103,25 +113,37 @@ def adaround(
 
 
 def flexround(
-    weight: Tensor, fmt: NumberFormat, stats: LayerStats, method: str = "mse", *, steps: int = _STEPS
+    weight: Tensor,
+    fmt: NumberFormat,
+    stats: LayerStats,
+    method: str = "mse",
+    *,
+    steps: int = _STEPS,
+    nearest: QuantizedTensor | None = None,
 ) -> Tensor:
     """Learn a divisor of each weight before rounding (Lee et al., FlexRound, 2023, eq. 2).
 
     Large weights may move further than small ones. The paper's divisors of whole rows are in those of their weights.
     Arguments and errors are those of `adaround`.
     """
-    layer = _Layer.of(weight, fmt, stats, method)
+    layer = _Layer.of(weight, fmt, stats, method, nearest)
     return _straight_through(layer, lambda v: layer.weight * torch.exp(v), lambda x: x, steps).reshape(weight.shape)
 
 
 def adaquant(
-    weight: Tensor, fmt: NumberFormat, stats: LayerStats, method: str = "mse", *, steps: int = _STEPS
+    weight: Tensor,
+    fmt: NumberFormat,
+    stats: LayerStats,
+    method: str = "mse",
+    *,
+    steps: int = _STEPS,
+    nearest: QuantizedTensor | None = None,
 ) -> Tensor:
     """Learn what is added to each weight before rounding (Hubara et al., AdaQuant, 2020, eq. 3).
 
     Unlike with AdaRound, a weight may move by more than one step. Arguments and errors are those of `adaround`.
     """
-    layer = _Layer.of(weight, fmt, stats, method)
+    layer = _Layer.of(weight, fmt, stats, method, nearest)
     unit = layer.weight.abs().mean(-1, keepdim=True).clamp(min=_TINY)
     found = _straight_through(layer, lambda v: layer.weight + v * unit, lambda x: unit, steps)
     return found.reshape(weight.shape)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpq.quantizers.blocks import work_dtype
 from mpq.quantizers.hadamard import hadamard_rotation, rotate
 
 
@@ -26,15 +27,18 @@ class InputBasis:
     steps: tuple[Tensor, ...]
 
     def into(self, x: Tensor, axis: int = -1) -> Tensor:
-        """Inputs in this basis; channel groups, one after the other along the axis, share the steps."""
-        rows = x.movedim(axis, -1)
+        """Inputs in this basis; channel groups, one after the other along the axis, share the steps.
+
+        In float32 at least: a rotation in bfloat16 alone may lose what it is to save.
+        """
+        rows = x.movedim(axis, -1).to(work_dtype(x))
         for step in self.steps:
             rows = rows / _tiled(step, rows) if step.dim() == 1 else rotate(rows, step)
         return rows.movedim(-1, axis)
 
     def back(self, x: Tensor, axis: int = -1) -> Tensor:
-        """Inverse of `into`."""
-        rows = x.movedim(axis, -1)
+        """Inverse of `into`, in float32 at least."""
+        rows = x.movedim(axis, -1).to(work_dtype(x))
         for step in reversed(self.steps):
             rows = rows * _tiled(step, rows) if step.dim() == 1 else rotate(rows, step.T)
         return rows.movedim(-1, axis)
@@ -48,8 +52,8 @@ def input_basis(steps: Sequence[str], kept: Mapping[str, Tensor], inputs: int) -
         kept: What they keep, see `mpq.quantizers.stored.StoredWeight`.
         inputs: Input channels of the weight.
     """
-    rotation = hadamard_rotation(inputs, torch.float64)
-    return InputBasis(tuple(kept["smooth.scales"] if step == "smooth" else rotation for step in steps))
+    found = (kept["smooth.scales"] if step == "smooth" else hadamard_rotation(inputs, torch.float64) for step in steps)
+    return InputBasis(tuple(found))
 
 
 def _tiled(scales: Tensor, rows: Tensor) -> Tensor:

@@ -9,16 +9,19 @@ from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import IntGrid, TableGrid, grid_of
-from mpq.quantizers.tensors import CODERS, quantize
+from mpq.quantizers.tensors import CODERS, QuantizedTensor, quantize
 
 
-def element_scales(weight: Tensor, fmt: NumberFormat, method: str = "mse") -> tuple[Tensor, Tensor | None]:
+def element_scales(
+    weight: Tensor, fmt: NumberFormat, method: str = "mse", nearest: QuantizedTensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of each element of a weight ``[out, in]``, as nearest rounding has them.
 
     Args:
         weight: In the dtype to work in.
         fmt: A scalar format, without recipe.
         method: Range rule, see `find_range`.
+        nearest: The weight rounded to nearest, if it is at hand.
 
     Returns:
         Both ``[out, in]``; None for the zero point of a symmetric format.
@@ -31,7 +34,7 @@ def element_scales(weight: Tensor, fmt: NumberFormat, method: str = "mse") -> tu
     grid_of(fmt)
     if fmt.granularity == "none":
         return torch.ones_like(weight), None
-    q = quantize(weight, fmt, 0, method)
+    q = quantize(weight, fmt, 0, method) if nearest is None else nearest
 
     def spread(x: Tensor) -> Tensor:
         return from_blocks(x.expand(q.codes.shape).contiguous(), q.shape, 0, *(fmt.block or (1, 0)))
@@ -59,7 +62,9 @@ def neighbours(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat)
     return low * scale, high * scale
 
 
-def stochastic(weight: Tensor, fmt: NumberFormat, method: str = "mse", seed: int = 0) -> Tensor:
+def stochastic(
+    weight: Tensor, fmt: NumberFormat, method: str = "mse", seed: int = 0, nearest: QuantizedTensor | None = None
+) -> Tensor:
     """Round to one of the two values around each element, at random, without bias (Gupta et al., 2015).
 
     Costs no forward pass. Values beyond the format's ends get the ends.
@@ -69,10 +74,11 @@ def stochastic(weight: Tensor, fmt: NumberFormat, method: str = "mse", seed: int
         fmt: A scalar format.
         method: Range rule.
         seed: Of the draws.
+        nearest: As for `element_scales`.
 
     Raises:
         FormatError: If the format is not scalar.
     """
-    low, high = neighbours(weight, *element_scales(weight, fmt, method), fmt)
+    low, high = neighbours(weight, *element_scales(weight, fmt, method, nearest), fmt)
     drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
     return torch.where(weight - low > drawn.to(weight.device) * (high - low), high, low)

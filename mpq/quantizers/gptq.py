@@ -8,6 +8,7 @@ from torch import Tensor
 from mpq.quantizers.elements import element_scales, round_elements
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.statistics import LayerStats
+from mpq.quantizers.tensors import QuantizedTensor
 
 _COLUMNS = 128  # between updates of all that is to come
 
@@ -20,6 +21,7 @@ def gptq(
     *,
     by_activation: bool = True,
     damping: float | None = None,
+    nearest: QuantizedTensor | None = None,
 ) -> Tensor:
     """Round a weight so that its outputs change least (Frantar et al., GPTQ, 2023, algorithm 1).
 
@@ -34,11 +36,12 @@ def gptq(
         method: Range rule of the scales.
         by_activation: Columns with the largest inputs go first; False takes them as they are.
         damping: See `LayerStats.damped`.
+        nearest: The weight rounded to nearest, if it is at hand.
 
     Raises:
         FormatError: If the format is not scalar.
     """
-    scale, zero = element_scales(weight, fmt, method)
+    scale, zero = element_scales(weight, fmt, method, nearest)
     hessian = stats.damped(damping)
     order = torch.arange(weight.shape[1], device=weight.device).expand(stats.groups, -1)
     if by_activation:

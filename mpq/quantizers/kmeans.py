@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpq.quantizers.blocks import from_blocks, weighted_blocks
+from mpq.quantizers.float16 import to_float16
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.tensors import QuantizedTensor
 
@@ -23,7 +24,11 @@ _MOST_SEARCHED, _CUTS = 16, 4
 def quantize(
     x: Tensor, fmt: NumberFormat, channel_axis: int = 0, method: str = "mse", importance: Tensor | None = None
 ) -> QuantizedTensor:
-    """As `mpq.quantizers.tensors.quantize`; the codebook is in float16, in rising order. The range rule has no say."""
+    """As `mpq.quantizers.tensors.quantize`; the codebook is in float16, in rising order. The range rule has no say.
+
+    Raises:
+        FormatError: If a level is beyond float16's ends.
+    """
     blocks, weights = weighted_blocks(x, fmt, channel_axis, importance)
     levels = 2**fmt.bits
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=x.device)
@@ -32,7 +37,7 @@ def quantize(
     for r in range(0, len(blocks), step):
         part = blocks[r : r + step]
         found = fit_codebook(part, levels, None if weights is None else weights[r : r + step])
-        found = found.clamp(-65504, 65504).half().to(blocks.dtype)
+        found = to_float16(found, f"a level of {fmt.name}").to(blocks.dtype)
         codebook[r : r + step] = found
         codes[r : r + step] = nearest_level(part, found)
     scale = blocks.new_ones(len(blocks), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpq.quantizers.float16 import to_float16
 from mpq.quantizers.statistics import LayerStats
 
 
@@ -20,6 +21,9 @@ def low_rank_factors(error: Tensor, rank: int, stats: LayerStats | None = None) 
         error: What rounding took away.
         rank: r; no more than the smaller side counts.
         stats: Of the layer's inputs.
+
+    Raises:
+        FormatError: If a factor is beyond float16's ends.
     """
     work = error.double()
     root = back = None
@@ -32,4 +36,4 @@ def low_rank_factors(error: Tensor, rank: int, stats: LayerStats | None = None) 
     # Both factors get the same norms, so that float16 holds either.
     share = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-30)).sqrt()
     left, right = left * share, right / share[:, None]
-    return left.half(), right.half()
+    return to_float16(left, "a low-rank factor"), to_float16(right, "a low-rank factor")

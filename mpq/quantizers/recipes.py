@@ -14,7 +14,7 @@ rotated or scaled (`mpq.quantizers.basis`).
 | ``splitN`` | N clusters of weights have scales of their own | none |
 | ``lorcN``, ``qeraN`` | two float16 factors of rank N take up the weight's error, the outputs' | none, one |
 | ``rsq`` | tokens count by their norms in the statistics | one |
-| ``stochastic`` | rounds up or down at random | none |
+| ``stochastic`` | rounds up or down at random, by draws that the weight and its format fix | none |
 | ``gptq``, ``adaround``, ``flexround``, ``adaquant`` | rounding that keeps outputs | one |
 
 The one pass over the calibration data is the same for all layers, formats and methods.
@@ -22,6 +22,7 @@ The one pass over the calibration data is the same for all layers, formats and m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ from mpq.quantizers.adaround import adaquant, adaround, flexround
 from mpq.quantizers.blocks import to_blocks, to_rows
 from mpq.quantizers.elements import element_scales, stochastic
 from mpq.quantizers.equalization import awq_scales, smooth_scales
+from mpq.quantizers.float16 import to_float16
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.gptq import gptq
 from mpq.quantizers.grids import grid_of
@@ -81,6 +83,7 @@ class Setting:
         positions: Neighbouring columns that belong to one input channel (those of a kernel).
         name: Of the step.
         number: The number in the step's name; 0 without.
+        seed: Of what is drawn at random.
     """
 
     fmt: NumberFormat
@@ -88,6 +91,7 @@ class Setting:
     positions: int
     name: str
     number: int
+    seed: int
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Plain rounding."""
@@ -111,7 +115,8 @@ def apply_recipe(
         stats: Of the inputs, in the order of the weight's other axes, where `NumberFormat.needs_data`.
 
     Raises:
-        FormatError: If the recipe needs statistics that are missing, or does not go with the format.
+        FormatError: If the recipe needs statistics that are missing, or does not go with the format; or the weight
+            holds what the format can't.
     """
     if not fmt.recipe:
         return fake_quantize(weight, fmt, channel_axis, method)
@@ -142,18 +147,30 @@ def round_weight(
         raise FormatError(f"{fmt.name} needs calibration data: statistics of the layer's inputs")
     rows = to_rows(weight.detach())
     rows = rows.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    # Some steps would take NaN for an outlier, and store it.
+    if rows.numel() and not all(bool(torch.isfinite(end)) for end in rows.aminmax()):
+        raise FormatError(f"the weight {list(shape)} holds NaN or infinity")
     with torch.no_grad():
-        found = _chain(fmt, method, matrix_of(shape)[2])(rows, stats)
+        found = _chain(fmt, method, matrix_of(shape)[2], _seed(rows, fmt))(rows, stats)
     return StoredWeight(fmt, shape, found.codes, found.kept)
 
 
-def _chain(fmt: NumberFormat, method: str, positions: int) -> Rounding:
+def _seed(rows: Tensor, fmt: NumberFormat) -> int:
+    """Of a weight in a format: draws that layers or formats share would make errors that do not cancel."""
+    if "stochastic" not in fmt.recipe:
+        return 0
+    digest = hashlib.sha256(fmt.name.encode())
+    digest.update(rows.cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:8], "little") >> 1  # a generator takes 63 bits
+
+
+def _chain(fmt: NumberFormat, method: str, positions: int, seed: int) -> Rounding:
     """The steps of a recipe as one function, built from the last to the first."""
     plain = replace(fmt, recipe=())
     chain: Rounding = partial(_nearest, plain, method)
     for step in reversed(fmt.recipe):
         name, number = split_step(step)
-        setting = Setting(plain, method, positions, name, number)
+        setting = Setting(plain, method, positions, name, number, seed)
         chain = partial(STEPS[name], setting, chain) if name in STEPS else partial(_rounded, setting)
     return chain
 
@@ -164,12 +181,13 @@ def _nearest(fmt: NumberFormat, method: str, weight: Tensor, stats: LayerStats |
 
 
 def _rounded(setting: Setting, weight: Tensor, stats: LayerStats | None) -> Rounded:
+    nearest = quantize(weight, setting.fmt, 0, setting.method)  # the range is searched once
     if setting.name == "stochastic":
-        values = stochastic(weight, setting.fmt, setting.method)
+        values = stochastic(weight, setting.fmt, setting.method, setting.seed, nearest)
     else:
         assert stats is not None
-        values = ROUNDINGS[setting.name](weight, setting.fmt, stats, setting.method)
-    q = recoded(quantize(weight, setting.fmt, 0, setting.method), values)
+        values = ROUNDINGS[setting.name](weight, setting.fmt, stats, setting.method, nearest=nearest)
+    q = recoded(nearest, values)
     return Rounded(dequantize(q), (q,), {})
 
 
@@ -205,7 +223,7 @@ def _awq(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats) ->
 
 def _sparse(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
     places = largest_elements(weight, setting.number)
-    kept = weight.flatten()[places].half()
+    kept = to_float16(weight.flatten()[places], f"a weight of sparse{setting.number}")
     inner = rest(weight.flatten().index_fill(0, places, 0).view(weight.shape), stats)
     return inner.before("sparse", setting.positions, places=places.int(), values=kept)
 
@@ -260,8 +278,9 @@ STEPS: dict[str, Callable[..., Rounded]] = {
     "qera": _lorc,
     "rsq": _rsq,
 }
-# Ways to round to a minimum of the outputs' error: they come last.
-ROUNDINGS: dict[str, Callable[[Tensor, NumberFormat, LayerStats, str], Tensor]] = {
+# Ways to round to a minimum of the outputs' error, which come last: (weight, format, statistics, range rule, what is
+# nearest) -> values.
+ROUNDINGS: dict[str, Callable[..., Tensor]] = {
     "gptq": gptq,
     "adaround": adaround,
     "flexround": flexround,

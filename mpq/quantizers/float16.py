@@ -1,0 +1,24 @@
+"""What formats keep in float16 beside their codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpq.errors import FormatError
+
+
+def to_float16(x: Tensor, what: str) -> Tensor:
+    """A finite tensor in float16.
+
+    Args:
+        x: Any shape.
+        what: It is, for the message.
+
+    Raises:
+        FormatError: If an element is beyond float16's ends.
+    """
+    half = x.half()
+    if half.numel() and not all(bool(torch.isfinite(end)) for end in half.aminmax()):
+        raise FormatError(f"{what} is {float(x.abs().max()):.4g}, but float16, which it is kept in, ends at 65504")
+    return half
