@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpq
+from mpq.errors import DataError
 from mpq.quantizers import fake_quantize, fake_quantize_static
 
 
@@ -98,8 +99,10 @@ def test_attention_is_quantized_through_its_projections():
 
 def test_evaluate_without_labels_or_classes():
     net = nn.Linear(3, 1)
-    measured = mpq.evaluate(net, [torch.randn(5, 3)], progress=False)
-    assert (measured.accuracy, measured.loss, measured.kl, measured.samples) == (None, None, None, 5)
+    with pytest.raises(DataError, match="nothing can be measured: pass batches with labels"):
+        mpq.evaluate(net, [torch.randn(5, 3)], progress=False)
+    measured = mpq.evaluate(net, [torch.randn(5, 3)], reference=net, progress=False)
+    assert (measured.accuracy, measured.loss, measured.kl, measured.mse, measured.samples) == (None, None, None, 0, 5)
     own = mpq.evaluate(net, [torch.ones(4, 3)], loss=lambda out, batch: out.square().mean(), progress=False)
     assert own.loss == pytest.approx(net(torch.ones(1, 3)).square().item())
 
