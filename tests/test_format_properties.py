@@ -1,6 +1,7 @@
 """What holds for every scalar format, whatever the tensor."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,14 +209,20 @@ def test_layout_in_memory_does_not_matter(fmt, method, seed):
 
 
 @settings(max_examples=150, deadline=None)
-@given(formats, methods, seeds, st.integers(1, 20))
+@given(
+    st.sampled_from([f for f in ALL if f.block is not None and f.block[0] == 1 and f.scale != "e4m3"]),
+    st.sampled_from(["minmax", "mse", "percentile:80", "percentile:99"]),
+    seeds,
+    st.integers(1, 20),
+)
 def test_a_ragged_last_group_is_a_group(fmt, method, seed, width):
-    """Each block depends on its own elements alone: the last one of a row is what it would be by itself."""
-    if fmt.block is None or fmt.block[0] > 1 or fmt.scale == "e4m3":
-        return
+    """Each block depends on its own elements alone: the last one of a row is what channels of so many would be."""
     x = tensor(seed, (3, width), torch.float32)
     start = (width - 1) // fmt.block[1] * fmt.block[1]
-    alone = fake_quantize(x[:, start:], fmt, method=method)
+    # Where there are no channels (OCP's blocks), a block that needs no padding tells as much.
+    scaled = fmt.family != "mx"
+    by_channel = replace(fmt, granularity="channel") if scaled else replace(fmt, granularity=f"group:{width - start}")
+    alone = fake_quantize(x[:, start:].contiguous(), by_channel, method=method)
     assert torch.equal(fake_quantize(x, fmt, method=method)[:, start:], alone)
 
 
@@ -281,3 +288,16 @@ def test_small_weights_keep_their_bits(name):
     exact = torch.maximum(x.amax(1, keepdim=True) / grid.high, x.amin(1, keepdim=True) / grid.low)
     assert (q.scale >= exact * (1 - 1e-6)).all()
     assert (q.scale <= exact + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int3:g8", "int4:tensor", "kmeans_2", "nupes_4", "pvq_2:g16", "nf4:g100"])
+def test_blocks_without_importance_count_all_alike(name):
+    x, fmt = tensor(1, (3, 300), torch.float32), NumberFormat.parse(name)
+    for method in ("mse", "percentile:90"):
+        plain = fake_quantize(x, fmt, method=method)
+        assert torch.equal(fake_quantize(x, fmt, method=method, importance=torch.zeros(300)), plain)
+    for bad in (-1.0, math.nan, math.inf):
+        importance = torch.ones(300)
+        importance[5] = bad
+        with pytest.raises(FormatError, match="importance holds negative numbers, NaN or infinity"):
+            fake_quantize(x, fmt, importance=importance)

@@ -8,6 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
+from mpq.errors import FormatError
 from mpq.quantizers.formats import NumberFormat
 
 # Elements to work on at a time: half a MiB of float32, beside a buffer or a result as large, in the usual 1 MiB.
@@ -103,14 +104,32 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def checked_weights(weights: Tensor) -> Tensor:
+    """Weights ``[blocks, elements]`` of errors; those of a block without any weight count all alike.
+
+    Raises:
+        FormatError: If some are negative, NaN or infinite.
+    """
+    if not weights.numel():
+        return weights
+    if not all(0 <= float(end) < math.inf for end in weights.aminmax()):  # NaN fails this too
+        raise FormatError("importance holds negative numbers, NaN or infinity")
+    some = weights.sum(1, keepdim=True) > 0
+    return weights if bool(some.all()) else torch.where(some, weights, 1.0)
+
+
 def weighted_blocks(
     x: Tensor, fmt: NumberFormat, channel_axis: int, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Blocks in the dtype to work in, and the weights of their elements' errors: none for padding; None: all alike."""
+    """Blocks in the dtype to work in, and the weights of their elements' errors: none for padding; None: all alike.
+
+    Raises:
+        FormatError: If an importance is negative, NaN or infinite.
+    """
     x = x.detach().to(work_dtype(x))
     blocks = to_blocks(x, fmt, channel_axis)
     counts = padding_mask(tuple(x.shape), fmt, channel_axis, x.device)
     if importance is not None:
-        weights = to_blocks(importance.expand_as(x).to(x.dtype), fmt, channel_axis)
+        weights = checked_weights(to_blocks(importance.expand_as(x).to(x.dtype), fmt, channel_axis))
         counts = weights if counts is None else weights * counts
     return blocks, counts
