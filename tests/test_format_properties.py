@@ -301,3 +301,13 @@ def test_blocks_without_importance_count_all_alike(name):
         importance[5] = bad
         with pytest.raises(FormatError, match="importance holds negative numbers, NaN or infinity"):
             fake_quantize(x, fmt, importance=importance)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_zero_points_of_ranges_wider_than_the_largest_number(bits, method):
+    x = tensor(1, (4, 100), torch.float32)
+    x /= x.abs().max()
+    fmt = NumberFormat.parse(f"int{bits}:asym")
+    large = fake_quantize(x * 3e38, fmt, method=method) / 3e38
+    torch.testing.assert_close(large, fake_quantize(x, fmt, method=method), rtol=1e-5, atol=1e-6)

@@ -42,7 +42,8 @@ def scale_and_zero(
         return _microscale(torch.maximum(hi, -lo), fmt), zero
     if not fmt.symmetric:
         first, last = fmt.levels
-        scale = stored_scale((hi - lo) / (last - first), fmt, outer)
+        # Halves, as the whole may overflow.
+        scale = stored_scale(torch.sub(hi * 0.5, lo, alpha=0.5) / ((last - first) / 2), fmt, outer)
         return scale, (-lo / scale).round_().clamp_(first, last)
     grid = grid or grid_of(fmt)
     # A grid without negative values (log2) covers what is positive.
