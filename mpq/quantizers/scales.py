@@ -52,7 +52,10 @@ def scale_and_zero(
 
 
 def stored_scale(scale: Tensor, fmt: NumberFormat, outer: Tensor | None = None) -> Tensor:
-    """A scale as it is stored, in the dtype it has; never zero. Powers of two are rounded up, so that nothing clips."""
+    """A scale as it is stored, in the dtype it has; never zero.
+
+    Powers of two, and float16 under its normal numbers, are rounded up, so that nothing clips.
+    """
     if fmt.scale == "e8m0":
         fraction, power = torch.frexp(scale.clamp(2.0**-126, 2.0**127))
         return torch.ldexp(torch.ones_like(scale), power - (fraction == 0.5).int())  # a power of two stays
