@@ -82,3 +82,22 @@ def test_storage_counts_scales_and_zero_points(name, shape, axis, bits):
     fmt = NumberFormat.parse(name)
     assert fmt.storage_bits(shape, axis) == bits
     assert fmt.bits_per_element(shape, axis) == bits / np.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kmeans", 12), "kmeans formats have 1 to 8 bits"),
+        (("pow2", 12), "pow2 formats have 2 to 8 bits"),
+        (("pow2", 1), "pow2 formats have 2 to 8 bits"),
+        (("ternary", 7), "ternary formats have 2 bits"),
+        (("binary", 2), "binary formats have 1 bits"),
+        (("table", 5, "channel", True, 0, 0, "", "nf4"), "table formats have 4 bits"),
+        (("mx", 4, "group:32", True, 3, 0, "e8m0"), "mx formats have no 4 bits with 3 of exponent"),
+        (("nvfp", 4, "group:16", True, 1, 2, "e4m3"), "nvfp formats have no 4 bits with 1 of exponent"),
+        (("int", 4, "channel", True, 2, 1), "only floats have exponent"),
+    ],
+)
+def test_widths_are_checked_however_a_format_is_made(arguments, message):
+    with pytest.raises(FormatError, match=message):
+        NumberFormat(*arguments)

@@ -37,28 +37,12 @@ from functools import cached_property
 from typing import Any
 
 from mpq.errors import FormatError
-from mpq.quantizers.legality import ROUNDINGS, SCALE_BITS, VARIANTS, check_format
+from mpq.quantizers.legality import MX, ROUNDINGS, SCALE_BITS, VARIANTS, WIDTHS, check_format
 from mpq.quantizers.recipe_storage import layout_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
-_MX = {
-    "mxfp8_e4m3": (8, 4, 3),
-    "mxfp8_e5m2": (8, 5, 2),
-    "mxfp6_e3m2": (6, 3, 2),
-    "mxfp6_e2m3": (6, 2, 3),
-    "mxfp4": (4, 2, 1),
-    "mxint8": (8, 0, 0),
-}
-# Families with a number of bits after their name, and how many there may be.
-_WITH_BITS = {
-    "int": (1, 16),
-    "pow2_": (2, 8),
-    "post_": (2, 8),
-    "log2_": (1, 8),
-    "nupes_": (2, 8),
-    "kmeans_": (1, 8),
-    "pvq_": (1, 8),
-}
+# Names that a number of bits comes after -> family.
+_WITH_BITS = {"int": "int"} | {f"{family}_": family for family in ("pow2", "post", "log2", "nupes", "kmeans", "pvq")}
 _TABLES = {"nf4": 4, "fp4_bnb": 4, "ternary": 2, "binary": 1}
 _RECIPE = re.compile(rf"{'|'.join(ROUNDINGS)}|hadamard|smooth|awq|rsq|(lorc|qera|split|ocs|sparse)[1-9]\d*")
 _WITH_DATA = {"adaround", "flexround", "adaquant", "gptq", "smooth", "awq", "rsq", "qera"}
@@ -292,7 +276,7 @@ _BASE_NAMES: dict[str, Callable[[NumberFormat], str]] = {
         (n for n, spec in _FLOATS.items() if spec == (f.bits, f.exponent, f.mantissa)),
         f"fp{f.bits}_e{f.exponent}m{f.mantissa}",
     ),
-    "mx": lambda f: next(n for n, spec in _MX.items() if spec == (f.bits, f.exponent, f.mantissa)),
+    "mx": lambda f: next(n for n, spec in MX.items() if spec == (f.bits, f.exponent, f.mantissa)),
     "nvfp": lambda f: "nvfp4",
     "table": lambda f: f.variant,
     "ternary": lambda f: "ternary",
@@ -305,8 +289,8 @@ def _parse_base(base: str, name: str) -> NumberFormat:
     if base in _FLOATS:
         bits, exponent, mantissa = _FLOATS[base]
         return NumberFormat("float", bits, "none", True, exponent, mantissa)
-    if base in _MX:
-        bits, exponent, mantissa = _MX[base]
+    if base in MX:
+        bits, exponent, mantissa = MX[base]
         return NumberFormat("mx", bits, "group:32", True, exponent, mantissa, "e8m0")
     if base == "nvfp4":
         return NumberFormat("nvfp", 4, "group:16", True, 2, 1, "e4m3")
@@ -319,17 +303,17 @@ def _parse_base(base: str, name: str) -> NumberFormat:
         return NumberFormat("int", int(found[1]), "group:16", scale="e8m0")
     found = re.fullmatch(r"(int|[a-z]+2?_|post_)(\d+)", base)
     if found and found[1] in _WITH_BITS:
-        family, (least, most) = found[1].rstrip("_"), _WITH_BITS[found[1]]
-        if not least <= int(found[2]) <= most:
+        family, bits = _WITH_BITS[found[1]], int(found[2])
+        least, most = WIDTHS[family]
+        if not least <= bits <= most:
             kind = "integer" if family == "int" else family
-            raise FormatError(f"{kind} formats have {least} to {most} bits, not {found[2]} ({name!r})")
-        bits = int(found[2])
+            raise FormatError(f"{kind} formats have {least} to {most} bits, not {bits} ({name!r})")
         dimensions = 16 if bits < 4 else 8 if bits < 8 else 4
         return NumberFormat(family, bits, f"group:{dimensions}" if family == "pvq" else "channel")
     raise FormatError(
         f"unknown number format {name!r}; known: int1 to int16 with :tensor, :g<size>, :sym or :asym, fp<n>_e<x>m<y>, "
         f"bfp<n>, nvfp4, {', '.join(n + '<n>' for n in _WITH_BITS if n != 'int')}, "
-        f"{', '.join((*_MX, *_TABLES, *_FLOATS))}"
+        f"{', '.join((*MX, *_TABLES, *_FLOATS))}"
     )
 
 
