@@ -41,6 +41,7 @@ from mpq.quantizers.legality import MX, ROUNDINGS, SCALE_BITS, VARIANTS, WIDTHS,
 from mpq.quantizers.recipe_storage import layout_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
+_KINDS = {"granularity": "granularities", "scale": "types of scales", "symmetric": "signs", "variant": "variants"}
 # Names that a number of bits comes after -> family.
 _WITH_BITS = {"int": "int"} | {f"{family}_": family for family in ("pow2", "post", "log2", "nupes", "kmeans", "pvq")}
 _TABLES = {"nf4": 4, "fp4_bnb": 4, "ternary": 2, "binary": 1}
@@ -96,6 +97,8 @@ class NumberFormat:
     recipe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.granularity.startswith("block:1x"):  # one thing, one name
+            object.__setattr__(self, "granularity", self.granularity.replace("block:1x", "group:"))
         if self.family == "float" and (self.bits, self.exponent, self.mantissa) in _FLOATS.values():
             object.__setattr__(self, "granularity", "none")  # nothing is gained by scaling these
         if self.variant == "progressive":
@@ -133,9 +136,13 @@ class NumberFormat:
 
     @property
     def data_free(self) -> NumberFormat:
-        """The format without the steps that look at the layer's inputs; ``qera`` has ``lorc`` for one that does not."""
-        steps = (s.replace("qera", "lorc") for s in self.recipe)
-        return replace(self, recipe=tuple(s for s in steps if split_step(s)[0] not in _WITH_DATA))
+        """The format without the steps that look at the layer's inputs.
+
+        ``qera`` has ``lorc`` for one that does not; where both are there, one with the ranks of both comes first.
+        """
+        rank = sum(number for name, number in map(split_step, self.recipe) if name in ("lorc", "qera"))
+        steps = (f"lorc{rank}" if split_step(s)[0] in ("lorc", "qera") else s for s in self.recipe)
+        return replace(self, recipe=tuple(s for s in dict.fromkeys(steps) if split_step(s)[0] not in _WITH_DATA))
 
     @property
     def calibrated(self) -> bool:
@@ -231,7 +238,13 @@ class NumberFormat:
         return 8 * math.ceil(numel / TRITS_PER_BYTE) if self.family == "ternary" else self.bits * numel
 
     def bits_per_element(self, shape: Sequence[int], channel_axis: int = 0) -> float:
-        """Storage bits divided by the number of elements."""
+        """Storage bits divided by the number of elements.
+
+        Raises:
+            FormatError: If there are none.
+        """
+        if not math.prod(shape):
+            raise FormatError(f"a tensor {list(shape)} without elements has no bits for each of them")
         return self.storage_bits(shape, channel_axis) / math.prod(shape)
 
     @classmethod
@@ -318,10 +331,15 @@ def _parse_base(base: str, name: str) -> NumberFormat:
 
 
 def _with_options(fmt: NumberFormat, options: Iterable[str], name: str) -> NumberFormat:
-    """A base format with all its options at once: their order does not matter, but for recipes."""
+    """A base format with all its options at once: their order does not matter, but for recipes.
+
+    Raises:
+        FormatError: If there is no such option, or two contradict each other.
+    """
     changes: dict[str, Any] = {}
     recipe: tuple[str, ...] = ()
     for option in options:
+        before = dict(changes)
         if option in ("tensor", "channel", "token", "cross"):
             changes["granularity"] = option
         elif re.fullmatch(r"g[1-9]\d*", option):
@@ -341,8 +359,10 @@ def _with_options(fmt: NumberFormat, options: Iterable[str], name: str) -> Numbe
         else:
             raise FormatError(
                 f"unknown option {option!r} in {name!r}; use tensor, channel, g<size>, b<rows>x<size>, token, cross, "
-                "raw, p2, sym, asym, bipolar, nested, progressive or a recipe such as gptq"
+                "raw, p2, s16, s32, sym, asym, bipolar, nested, progressive or a recipe such as gptq"
             )
+        if (twice := next((key for key in before if before[key] != changes[key]), None)) is not None:
+            raise FormatError(f"{name!r} has two {_KINDS[twice]}, of which a format has one; not also {option!r}")
     # Scales that were the usual ones become the usual ones of another granularity.
     usual = "" if fmt.scale == _usual_scale(fmt) else fmt.scale
     return replace(fmt, **{"scale": usual, "recipe": recipe} | changes)
