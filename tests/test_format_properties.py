@@ -311,3 +311,20 @@ def test_zero_points_of_ranges_wider_than_the_largest_number(bits, method):
     fmt = NumberFormat.parse(f"int{bits}:asym")
     large = fake_quantize(x * 3e38, fmt, method=method) / 3e38
     torch.testing.assert_close(large, fake_quantize(x, fmt, method=method), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4:g3", "int4:b2x3", "int4:tensor", "int8:token", "nf4:g5", "pvq_2:g16"])
+def test_axes_count_from_either_end(name):
+    x, fmt = tensor(2, (4, 6, 5), torch.float32), NumberFormat.parse(name)
+    for axis in range(3):
+        assert torch.equal(fake_quantize(x, fmt, axis - 3), fake_quantize(x, fmt, axis))
+        if fmt.granularity != "token":
+            assert torch.equal(dequantize(quantize(x, fmt, axis - 3)), dequantize(quantize(x, fmt, axis)))
+        with_steps = replace(fmt, recipe=("lorc2",))
+        assert with_steps.storage_bits(x.shape, axis - 3) == with_steps.storage_bits(x.shape, axis)
+    for axis in (3, -4):
+        with pytest.raises(FormatError, match=f"no axis {axis}"):
+            fmt.storage_bits(x.shape, axis)
+        if fmt.granularity not in ("tensor", "token"):
+            with pytest.raises(FormatError, match=f"no axis {axis}"):
+                fake_quantize(x, fmt, axis)

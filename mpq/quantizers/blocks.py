@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpq.errors import FormatError
 from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.recipe_storage import axis_of
 
 # Elements to work on at a time: half a MiB of float32, beside a buffer or a result as large, in the usual 1 MiB.
 CACHED = 2**17
@@ -35,7 +36,7 @@ def to_rows(x: Tensor, channel_axis: int = 0) -> Tensor:
     """A tensor as ``[output channels, elements]``."""
     if x.dim() == 0:
         return x.reshape(1, 1)
-    return x.movedim(channel_axis, 0).reshape(x.shape[channel_axis], -1)
+    return x.movedim(axis_of(x.shape, channel_axis), 0).reshape(x.shape[channel_axis], -1)
 
 
 def to_blocks(x: Tensor, fmt: NumberFormat, channel_axis: int = 0) -> Tensor:
@@ -69,13 +70,14 @@ def from_blocks(
     Args:
         blocks: ``[blocks, elements]``.
         shape: Of the tensor.
-        channel_axis: Its output-channel axis.
+        channel_axis: Its output-channel axis, counted from either end.
         height: Output channels of a block.
         width: Elements of each of them; needed where blocks are higher than one channel.
     """
     numel = math.prod(shape)
     if not shape or numel == 0 or (height == 1 and blocks.numel() == numel and (channel_axis == 0 or len(blocks) == 1)):
         return blocks.reshape(shape)
+    channel_axis = axis_of(shape, channel_axis)
     channels = shape[channel_axis]
     if height > 1:
         down = -(-channels // height)

@@ -38,7 +38,7 @@ from typing import Any
 
 from mpq.errors import FormatError
 from mpq.quantizers.legality import MX, ROUNDINGS, SCALE_BITS, VARIANTS, WIDTHS, check_format
-from mpq.quantizers.recipe_storage import layout_bytes, matrix_of, recipe_layout, split_step
+from mpq.quantizers.recipe_storage import axis_of, layout_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
 _KINDS = {"granularity": "granularities", "scale": "types of scales", "symmetric": "signs", "variant": "variants"}
@@ -208,7 +208,7 @@ class NumberFormat:
 
     def num_scales(self, shape: Sequence[int], channel_axis: int = 0) -> int:
         """How many scales a tensor of this shape needs."""
-        numel = math.prod(shape)
+        numel, channel_axis = math.prod(shape), axis_of(shape, channel_axis)
         if self.granularity == "none" or numel == 0:
             return 0
         if self.granularity == "tensor":
@@ -223,7 +223,7 @@ class NumberFormat:
 
     def storage_bits(self, shape: Sequence[int], channel_axis: int = 0) -> int:
         """Exact bits of a tensor of this shape: elements, scales, zero points and whatever else a format keeps."""
-        numel = math.prod(shape)
+        numel, channel_axis = math.prod(shape), axis_of(shape, channel_axis)
         channels = shape[channel_axis] if shape else 1
         overhead = self.scale_bits + (0 if self.symmetric else self.bits)
         bits = (
