@@ -244,10 +244,12 @@ def test_subnormal_numbers(fmt, method, seed, size, mixed):
     x[0] *= 10.0**mixed
     y = fake_quantize(x, fmt, method=method)
     assert torch.isfinite(y).all()
-    scale = quantize(x, fmt, method=method).scale
+    scale, largest = quantize(x, fmt, method=method).scale, 2 * x.abs().max()
     assert (scale > 0).all()
-    # Levels without zero have magnitudes of their own.
-    assert y.abs().max() <= max(scale.max().item() * grid_of(fmt).high, 16 * size)
+    # Scales have a smallest number, and so have levels without zero; else the nearest is at most twice as large.
+    least = {"fp16": 2.0**-24, "e4m3": 1.0}.get(fmt.scale, 2.0**-126)
+    assert scale.max() <= max(largest, least)
+    assert y.abs().max() <= (largest if has_zero(fmt) else max(largest, least))
 
 
 @settings(max_examples=100, deadline=None)
