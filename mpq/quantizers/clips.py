@@ -92,6 +92,9 @@ def mse_range(
 ) -> Ends:
     """Range with the least squared rounding error, found by shrinking the min-max range.
 
+    The rule is that of Nagel et al., "A White Paper on Neural Network Quantization" (2021), section 3.1; how it is
+    searched for is our own:
+
     16 ratios over all sensible clips (96 for small blocks, whose error is a rough function of the clip), then 8
     around each block's best, for all blocks at once. The min-max range itself is a candidate, so the result is never
     worse than `minmax_range`.
@@ -123,6 +126,8 @@ def best_of_grid(
     outer: Tensor | None = None,
 ) -> Ends:
     """Range with the least ``sum(|error|**power)`` among evenly spaced clips.
+
+    GPTQ's code (Frantar et al., 2023) shrinks ranges so, with a power of 2.4.
 
     Blocks of up to 64 elements try them all. Of larger ones every eighth clip is tried, and all clips around the two
     best of these, 29 instead of 80: the sum of all blocks' errors is within 0.1 % of an exhaustive search (measured on

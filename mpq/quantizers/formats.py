@@ -68,9 +68,9 @@ class NumberFormat:
         mantissa: Mantissa bits of a float format.
         scale: What scales are stored in: ``fp32``, ``fp16``, ``e8m0`` (powers of two), ``e4m3`` or ``none``; empty for
             the usual one: float16 for groups and blocks (the convention of weight-only kernels), else float32.
-        variant: What sets a format apart from others of its family: the name of a table; of integers ``bipolar``,
-            ``nested`` (from 8-bit codes that serve every width) or ``progressive`` (4 bits on top of 8, with a zero
-            point).
+        variant: What sets a format apart from others of its family: the name of a table; of integers ``bipolar``
+            (the levels of a mid-rise quantizer), ``nested`` (from 8-bit codes that serve every width) or
+            ``progressive`` (4 bits on top of 8, with a zero point).
         recipe: What is done to a weight before or while it is rounded.
 
     Symmetric integers use the codes ``-2**(bits-1) .. 2**(bits-1)-1``; one bit means the two levels

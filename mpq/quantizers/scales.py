@@ -9,11 +9,15 @@ from mpq.quantizers.blocks import work_dtype
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import FloatGrid, Grid, grid_of
 
-_E4M3_MAX = 448.0
+_E4M3_MAX = 448.0  # the largest finite number of the fp8 that NVFP4's scales are stored in
 
 
 def outer_scale(x: Tensor, fmt: NumberFormat) -> Tensor | None:
-    """The factor ``[1, 1]`` of a tensor's 8-bit float scales (NVFP4): the largest of them becomes 448; else None."""
+    """The factor ``[1, 1]`` of a tensor's 8-bit float scales (NVFP4): the largest of them becomes 448; else None.
+
+    NVIDIA, "Pretraining Large Language Models with NVFP4" (2025): the second, float32 level of its two scales, by which
+    the scale of the block with the tensor's largest magnitude is the largest number of fp8 e4m3.
+    """
     if fmt.scale != "e4m3":
         return None
     largest = (torch.maximum(x.amax(), -x.amin()) if x.numel() else x.new_zeros(())).to(work_dtype(x))
@@ -73,7 +77,10 @@ def stored_scale(scale: Tensor, fmt: NumberFormat, outer: Tensor | None = None) 
 
 
 def _microscale(largest: Tensor, fmt: NumberFormat) -> Tensor:
-    """Shared scale of an OCP MX block: the power of two of its largest element over that of the largest code."""
+    """Shared scale of an OCP MX block: the power of two of its largest element over that of the largest code.
+
+    OCP Microscaling Formats (MX) Specification v1.0, section 6.3.
+    """
     highest = grid_of(fmt).high
     power = torch.frexp(torch.full_like(largest, highest))[1] - 1
     found = torch.frexp(largest)[1] - 1 - power
