@@ -270,8 +270,19 @@ class QuantizerBank:
         self._observers |= {(name, steps): observer for name, observer in observers.items()}
 
     def range(self, layer: LayerSpec, fmt: NumberFormat | None) -> Range | None:
-        """Calibrated range of a layer's input for a format that needs one, else None."""
-        if fmt is None or not fmt.calibrated:
+        """Calibrated range of a layer's input for a format that needs one, else None.
+
+        Raises:
+            FormatError: If the input has negative numbers and the format has none.
+        """
+        if fmt is None:
+            return None
+        watched = self._observers.get((layer.name, fmt.recipe))
+        if fmt.family == "log2" and watched is not None and watched.lo < 0:
+            raise FormatError(
+                f"layer {layer.name!r}: {fmt.name} has no negative numbers, but the layer's input has: {watched.lo:.3g}"
+            )
+        if not fmt.calibrated:
             return None
         key = (layer.name, fmt)
         if key not in self._ranges:

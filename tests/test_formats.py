@@ -39,6 +39,10 @@ def test_scheme_names_parse_back(weight, activation):
         ("W3:tensorAbf16", "int3:tensor", "bf16"),
         ("W16A32", "fp16", "fp32"),
         ("Wint16Aint16", "int16", "int16:tensor:asym"),
+        ("Wfp8_e4m3A8:token", "fp8_e4m3", "int8:token:asym"),
+        ("W4Afp8_e4m3:token", "int4", "fp8_e4m3:token"),
+        ("W4:g128:progressiveAnf4:g32", "int4:g128:progressive", "nf4:g32"),
+        ("W4:b2x2A8:cross", "int4:b2x2", "int8:cross"),
     ],
 )
 def test_scheme_grammar(text, weight, activation):
@@ -82,3 +86,62 @@ def test_storage_counts_scales_and_zero_points(name, shape, axis, bits):
     fmt = NumberFormat.parse(name)
     assert fmt.storage_bits(shape, axis) == bits
     assert fmt.bits_per_element(shape, axis) == bits / np.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kmeans", 12), "kmeans formats have 1 to 8 bits"),
+        (("pow2", 12), "pow2 formats have 2 to 8 bits"),
+        (("pow2", 1), "pow2 formats have 2 to 8 bits"),
+        (("ternary", 7), "ternary formats have 2 bits"),
+        (("binary", 2), "binary formats have 1 bits"),
+        (("table", 5, "channel", True, 0, 0, "", "nf4"), "table formats have 4 bits"),
+        (("mx", 4, "group:32", True, 3, 0, "e8m0"), "mx formats have no 4 bits with 3 of exponent"),
+        (("nvfp", 4, "group:16", True, 1, 2, "e4m3"), "nvfp formats have no 4 bits with 1 of exponent"),
+        (("int", 4, "channel", True, 2, 1), "only floats have exponent"),
+    ],
+)
+def test_widths_are_checked_however_a_format_is_made(arguments, message):
+    with pytest.raises(FormatError, match=message):
+        NumberFormat(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int4:tensor:g32", "int4:g32:tensor", "int4:g32:g64", "int4:b2x2:channel", "fp8_e4m3:raw:tensor"),
+        *("int4:sym:asym", "int4:asym:sym", "int4:g128:nested:progressive", "int4:p2:s32", "int4:s16:s32"),
+    ],
+)
+def test_contradictions_are_refused(name):
+    with pytest.raises(FormatError, match="of which a format has one"):
+        NumberFormat.parse(name)
+    with pytest.raises(FormatError, match="of which a format has one"):
+        Scheme.parse(f"W{name}")
+
+
+def test_one_format_has_one_name():
+    assert NumberFormat.parse("int4:b1x32") == NumberFormat.parse("int4:g32")
+    assert NumberFormat.parse("int4:b1x32").name == "int4:g32"
+    assert NumberFormat.parse("int4:asym:g32:asym") == NumberFormat.parse("int4:g32:asym")
+    with pytest.raises(FormatError, match="s16, s32"):
+        NumberFormat.parse("int4:blue")
+
+
+def test_tensors_without_elements_have_no_bits_for_each():
+    with pytest.raises(FormatError, match=r"\[0, 4\] without elements"):
+        NumberFormat.parse("int4").bits_per_element((0, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("int4:lorc1:qera2", "int4:lorc3"),
+        ("int4:qera2:hadamard:lorc1:gptq", "int4:lorc3:hadamard"),
+        ("int4:qera2:gptq", "int4:lorc2"),
+        ("int4:lorc4", "int4:lorc4"),
+    ],
+)
+def test_recipes_without_data(name, without):
+    assert NumberFormat.parse(name).data_free.name == without

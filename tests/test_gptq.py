@@ -1,12 +1,14 @@
 """GPTQ against a plain loop: the textbook formulation that solves the remaining columns anew after each one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq import NumberFormat
-from mpq.errors import FormatError
+from mpq.errors import DataError, FormatError
 from mpq.quantizers import fake_quantize
 from mpq.quantizers.elements import element_scales, round_elements
 from mpq.quantizers.gptq import gptq
@@ -121,3 +123,9 @@ def test_formats_without_a_grid_are_refused():
     for name in ("kmeans_4", "fp16"):
         with pytest.raises(FormatError):
             gptq(weight, NumberFormat.parse(name), stats)
+
+
+def test_second_moments_that_are_none_are_refused():
+    weight, stats = problem(0)
+    with pytest.raises(DataError, match="not positive definite"):
+        gptq(weight, NumberFormat.parse("int4"), replace(stats, hessian=-stats.hessian))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tensors import inputs
 
+import mpq
 from mpq import NumberFormat
 from mpq.errors import DataError, FormatError
 from mpq.quantizers import ActivationObserver, fake_quantize_static, find_range
@@ -175,3 +177,41 @@ def test_statistics_along_an_axis(axis, size):
         observer.update(torch.zeros(7, 7, 7))
     with pytest.raises(FormatError, match="minmax only"):
         observer.range(INT8, "mse")
+
+
+@pytest.mark.parametrize("size", [(8192,), (3 * 8192,), (4, 1000, 5)])
+def test_samples_stay_even(size):
+    """However often samples are thinned, equal updates keep equally many, and all of them together meet all places."""
+    observer = ActivationObserver()
+    numel = math.prod(size)
+    for _ in range(70):
+        observer.update(torch.arange(numel).float().reshape(size) % 64)
+    kept = [len(s) for s in observer._samples.values()]
+    assert len(kept) == 70
+    assert max(kept) - min(kept) <= 1
+    assert sum(kept) <= 2**17
+    assert len(torch.cat(list(observer._samples.values())).unique()) == 64
+
+
+def test_samples_are_copies():
+    x = torch.ones(10)
+    observer = watched(ActivationObserver(), [x])
+    x.fill_(5)
+    assert observer.range(INT8, "percentile:60") == (0, 1)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_what_scales_do_not_reach_is_refused(make):
+    with pytest.raises(DataError, match=r"size 1e\+200, which float32, what scales are stored in,"):
+        make().update(torch.tensor([1.0, -1e200], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("granularity", ["", ":token"])
+def test_formats_without_negative_numbers_are_for_inputs_without(granularity):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).eval()
+    data = torch.utils.data.TensorDataset(inputs(16, 6), torch.zeros(16, dtype=torch.long))
+    schemes, options = f"W8Alog2_4{granularity}", {"estimator": "weight_sqnr", "progress": False}
+    with pytest.raises(FormatError, match=r"layer '0': log2_4.* has no negative numbers, but the layer's input has: -"):
+        mpq.analyze(model, torch.utils.data.DataLoader(data, 8), schemes, **options)
+    data = torch.utils.data.TensorDataset(inputs(16, 6).abs(), torch.zeros(16, dtype=torch.long))
+    mpq.analyze(model, torch.utils.data.DataLoader(data, 8), schemes, **options)

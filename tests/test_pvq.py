@@ -8,7 +8,8 @@ from random_tensors import tensor
 
 from mpq import NumberFormat
 from mpq.errors import FormatError
-from mpq.quantizers import fake_quantize
+from mpq.quantizers import dequantize, fake_quantize, quantize
+from mpq.quantizers.packing import from_parts, to_parts
 from mpq.quantizers.pvq import decode_group, encode_group, project, pulses
 
 
@@ -61,3 +62,15 @@ def test_groups_of_zeros_and_importance_in_pyramids():
     importance[:, ::4] = 50
     plain, weighted = ((fake_quantize(x, fmt, importance=i) - x).square() * importance for i in (None, importance))
     assert weighted.sum() < 0.7 * plain.sum()
+
+
+@pytest.mark.parametrize("size", [1e-9, 3e-8, 1e-6, 1e-5])
+def test_small_lengths_are_rounded_to_nearest(size):
+    """Upwards they would be up to sixty times as long as the group itself."""
+    x = tensor(8, (4, 32)).mul_(size)
+    exact, rounded = (quantize(x, NumberFormat.parse(name)) for name in ("pvq_2:g16:s32", "pvq_2:g16"))
+    assert torch.equal(rounded.codes, exact.codes)
+    assert (rounded.scale - exact.scale).abs().max() <= 2.0**-25
+    assert (dequantize(rounded) == 0).all() == (size < 1e-8)
+    parts = to_parts(rounded)
+    assert torch.equal(from_parts(parts, rounded.fmt, rounded.shape).scale, rounded.scale)

@@ -159,7 +159,7 @@ def test_observer_sees_exact_extremes_and_is_bounded():
     everything = torch.cat(data)
     fmt = NumberFormat.parse("int8:tensor:asym")
     assert observer.range(fmt, "minmax") == (everything.min().item(), everything.max().item())
-    assert sum(len(s) for s in observer._samples) <= 2**17
+    assert sum(len(s) for s in observer._samples.values()) <= 2**17
     low, high = observer.range(fmt, "percentile:99")
     assert high == pytest.approx(torch.quantile(everything.flatten()[::7], 0.99).item(), abs=0.05)
     assert low == pytest.approx(-high, abs=0.1)

@@ -24,8 +24,10 @@ from mpq.quantizers.tensors import QuantizedTensor
 _STEPS = 200
 _LOOK = 10  # steps between two looks at what rounding gives
 _GAMMA, _ZETA = -0.1, 1.1  # AdaRound's stretched sigmoid, which reaches 0 and 1
-_PRESSURE = 30.0  # of its regularizer, in units of the loss of nearest rounding
+# Of its regularizer, in units of the loss of nearest rounding: ours, as the paper's is in those of the loss itself.
+_PRESSURE = 30.0
 _TINY = 1e-30
+# Ours as well: for few full-batch steps, in that unit.
 _ADAROUND_RATE, _STRAIGHT_THROUGH_RATE = 0.3, 0.002
 
 

@@ -8,7 +8,9 @@ import threading
 import torch
 from torch import Tensor
 
+from mpq.errors import FormatError
 from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.recipe_storage import axis_of
 
 # Elements to work on at a time: half a MiB of float32, beside a buffer or a result as large, in the usual 1 MiB.
 CACHED = 2**17
@@ -34,7 +36,7 @@ def to_rows(x: Tensor, channel_axis: int = 0) -> Tensor:
     """A tensor as ``[output channels, elements]``."""
     if x.dim() == 0:
         return x.reshape(1, 1)
-    return x.movedim(channel_axis, 0).reshape(x.shape[channel_axis], -1)
+    return x.movedim(axis_of(x.shape, channel_axis), 0).reshape(x.shape[channel_axis], -1)
 
 
 def to_blocks(x: Tensor, fmt: NumberFormat, channel_axis: int = 0) -> Tensor:
@@ -68,13 +70,14 @@ def from_blocks(
     Args:
         blocks: ``[blocks, elements]``.
         shape: Of the tensor.
-        channel_axis: Its output-channel axis.
+        channel_axis: Its output-channel axis, counted from either end.
         height: Output channels of a block.
         width: Elements of each of them; needed where blocks are higher than one channel.
     """
     numel = math.prod(shape)
     if not shape or numel == 0 or (height == 1 and blocks.numel() == numel and (channel_axis == 0 or len(blocks) == 1)):
         return blocks.reshape(shape)
+    channel_axis = axis_of(shape, channel_axis)
     channels = shape[channel_axis]
     if height > 1:
         down = -(-channels // height)
@@ -103,14 +106,32 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def checked_weights(weights: Tensor) -> Tensor:
+    """Weights ``[blocks, elements]`` of errors; those of a block without any weight count all alike.
+
+    Raises:
+        FormatError: If some are negative, NaN or infinite.
+    """
+    if not weights.numel():
+        return weights
+    if not all(0 <= float(end) < math.inf for end in weights.aminmax()):  # NaN fails this too
+        raise FormatError("importance holds negative numbers, NaN or infinity")
+    some = weights.sum(1, keepdim=True) > 0
+    return weights if bool(some.all()) else torch.where(some, weights, 1.0)
+
+
 def weighted_blocks(
     x: Tensor, fmt: NumberFormat, channel_axis: int, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Blocks in the dtype to work in, and the weights of their elements' errors: none for padding; None: all alike."""
+    """Blocks in the dtype to work in, and the weights of their elements' errors: none for padding; None: all alike.
+
+    Raises:
+        FormatError: If an importance is negative, NaN or infinite.
+    """
     x = x.detach().to(work_dtype(x))
     blocks = to_blocks(x, fmt, channel_axis)
     counts = padding_mask(tuple(x.shape), fmt, channel_axis, x.device)
     if importance is not None:
-        weights = to_blocks(importance.expand_as(x).to(x.dtype), fmt, channel_axis)
+        weights = checked_weights(to_blocks(importance.expand_as(x).to(x.dtype), fmt, channel_axis))
         counts = weights if counts is None else weights * counts
     return blocks, counts

@@ -37,28 +37,13 @@ from functools import cached_property
 from typing import Any
 
 from mpq.errors import FormatError
-from mpq.quantizers.legality import ROUNDINGS, SCALE_BITS, VARIANTS, check_format
-from mpq.quantizers.recipe_storage import layout_bytes, matrix_of, recipe_layout, split_step
+from mpq.quantizers.legality import MX, ROUNDINGS, SCALE_BITS, VARIANTS, WIDTHS, check_format
+from mpq.quantizers.recipe_storage import axis_of, layout_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
-_MX = {
-    "mxfp8_e4m3": (8, 4, 3),
-    "mxfp8_e5m2": (8, 5, 2),
-    "mxfp6_e3m2": (6, 3, 2),
-    "mxfp6_e2m3": (6, 2, 3),
-    "mxfp4": (4, 2, 1),
-    "mxint8": (8, 0, 0),
-}
-# Families with a number of bits after their name, and how many there may be.
-_WITH_BITS = {
-    "int": (1, 16),
-    "pow2_": (2, 8),
-    "post_": (2, 8),
-    "log2_": (1, 8),
-    "nupes_": (2, 8),
-    "kmeans_": (1, 8),
-    "pvq_": (1, 8),
-}
+_KINDS = {"granularity": "granularities", "scale": "types of scales", "symmetric": "signs", "variant": "variants"}
+# Names that a number of bits comes after -> family.
+_WITH_BITS = {"int": "int"} | {f"{family}_": family for family in ("pow2", "post", "log2", "nupes", "kmeans", "pvq")}
 _TABLES = {"nf4": 4, "fp4_bnb": 4, "ternary": 2, "binary": 1}
 _RECIPE = re.compile(rf"{'|'.join(ROUNDINGS)}|hadamard|smooth|awq|rsq|(lorc|qera|split|ocs|sparse)[1-9]\d*")
 _WITH_DATA = {"adaround", "flexround", "adaquant", "gptq", "smooth", "awq", "rsq", "qera"}
@@ -83,9 +68,9 @@ class NumberFormat:
         mantissa: Mantissa bits of a float format.
         scale: What scales are stored in: ``fp32``, ``fp16``, ``e8m0`` (powers of two), ``e4m3`` or ``none``; empty for
             the usual one: float16 for groups and blocks (the convention of weight-only kernels), else float32.
-        variant: What sets a format apart from others of its family: the name of a table; of integers ``bipolar``,
-            ``nested`` (from 8-bit codes that serve every width) or ``progressive`` (4 bits on top of 8, with a zero
-            point).
+        variant: What sets a format apart from others of its family: the name of a table; of integers ``bipolar``
+            (the levels of a mid-rise quantizer), ``nested`` (from 8-bit codes that serve every width) or
+            ``progressive`` (4 bits on top of 8, with a zero point).
         recipe: What is done to a weight before or while it is rounded.
 
     Symmetric integers use the codes ``-2**(bits-1) .. 2**(bits-1)-1``; one bit means the two levels
@@ -112,6 +97,8 @@ class NumberFormat:
     recipe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.granularity.startswith("block:1x"):  # one thing, one name
+            object.__setattr__(self, "granularity", self.granularity.replace("block:1x", "group:"))
         if self.family == "float" and (self.bits, self.exponent, self.mantissa) in _FLOATS.values():
             object.__setattr__(self, "granularity", "none")  # nothing is gained by scaling these
         if self.variant == "progressive":
@@ -149,9 +136,13 @@ class NumberFormat:
 
     @property
     def data_free(self) -> NumberFormat:
-        """The format without the steps that look at the layer's inputs; ``qera`` has ``lorc`` for one that does not."""
-        steps = (s.replace("qera", "lorc") for s in self.recipe)
-        return replace(self, recipe=tuple(s for s in steps if split_step(s)[0] not in _WITH_DATA))
+        """The format without the steps that look at the layer's inputs.
+
+        ``qera`` has ``lorc`` for one that does not; where both are there, one with the ranks of both comes first.
+        """
+        rank = sum(number for name, number in map(split_step, self.recipe) if name in ("lorc", "qera"))
+        steps = (f"lorc{rank}" if split_step(s)[0] in ("lorc", "qera") else s for s in self.recipe)
+        return replace(self, recipe=tuple(s for s in dict.fromkeys(steps) if split_step(s)[0] not in _WITH_DATA))
 
     @property
     def calibrated(self) -> bool:
@@ -217,7 +208,7 @@ class NumberFormat:
 
     def num_scales(self, shape: Sequence[int], channel_axis: int = 0) -> int:
         """How many scales a tensor of this shape needs."""
-        numel = math.prod(shape)
+        numel, channel_axis = math.prod(shape), axis_of(shape, channel_axis)
         if self.granularity == "none" or numel == 0:
             return 0
         if self.granularity == "tensor":
@@ -232,7 +223,7 @@ class NumberFormat:
 
     def storage_bits(self, shape: Sequence[int], channel_axis: int = 0) -> int:
         """Exact bits of a tensor of this shape: elements, scales, zero points and whatever else a format keeps."""
-        numel = math.prod(shape)
+        numel, channel_axis = math.prod(shape), axis_of(shape, channel_axis)
         channels = shape[channel_axis] if shape else 1
         overhead = self.scale_bits + (0 if self.symmetric else self.bits)
         bits = (
@@ -247,7 +238,13 @@ class NumberFormat:
         return 8 * math.ceil(numel / TRITS_PER_BYTE) if self.family == "ternary" else self.bits * numel
 
     def bits_per_element(self, shape: Sequence[int], channel_axis: int = 0) -> float:
-        """Storage bits divided by the number of elements."""
+        """Storage bits divided by the number of elements.
+
+        Raises:
+            FormatError: If there are none.
+        """
+        if not math.prod(shape):
+            raise FormatError(f"a tensor {list(shape)} without elements has no bits for each of them")
         return self.storage_bits(shape, channel_axis) / math.prod(shape)
 
     @classmethod
@@ -292,7 +289,7 @@ _BASE_NAMES: dict[str, Callable[[NumberFormat], str]] = {
         (n for n, spec in _FLOATS.items() if spec == (f.bits, f.exponent, f.mantissa)),
         f"fp{f.bits}_e{f.exponent}m{f.mantissa}",
     ),
-    "mx": lambda f: next(n for n, spec in _MX.items() if spec == (f.bits, f.exponent, f.mantissa)),
+    "mx": lambda f: next(n for n, spec in MX.items() if spec == (f.bits, f.exponent, f.mantissa)),
     "nvfp": lambda f: "nvfp4",
     "table": lambda f: f.variant,
     "ternary": lambda f: "ternary",
@@ -305,8 +302,8 @@ def _parse_base(base: str, name: str) -> NumberFormat:
     if base in _FLOATS:
         bits, exponent, mantissa = _FLOATS[base]
         return NumberFormat("float", bits, "none", True, exponent, mantissa)
-    if base in _MX:
-        bits, exponent, mantissa = _MX[base]
+    if base in MX:
+        bits, exponent, mantissa = MX[base]
         return NumberFormat("mx", bits, "group:32", True, exponent, mantissa, "e8m0")
     if base == "nvfp4":
         return NumberFormat("nvfp", 4, "group:16", True, 2, 1, "e4m3")
@@ -319,25 +316,30 @@ def _parse_base(base: str, name: str) -> NumberFormat:
         return NumberFormat("int", int(found[1]), "group:16", scale="e8m0")
     found = re.fullmatch(r"(int|[a-z]+2?_|post_)(\d+)", base)
     if found and found[1] in _WITH_BITS:
-        family, (least, most) = found[1].rstrip("_"), _WITH_BITS[found[1]]
-        if not least <= int(found[2]) <= most:
+        family, bits = _WITH_BITS[found[1]], int(found[2])
+        least, most = WIDTHS[family]
+        if not least <= bits <= most:
             kind = "integer" if family == "int" else family
-            raise FormatError(f"{kind} formats have {least} to {most} bits, not {found[2]} ({name!r})")
-        bits = int(found[2])
+            raise FormatError(f"{kind} formats have {least} to {most} bits, not {bits} ({name!r})")
         dimensions = 16 if bits < 4 else 8 if bits < 8 else 4
         return NumberFormat(family, bits, f"group:{dimensions}" if family == "pvq" else "channel")
     raise FormatError(
         f"unknown number format {name!r}; known: int1 to int16 with :tensor, :g<size>, :sym or :asym, fp<n>_e<x>m<y>, "
         f"bfp<n>, nvfp4, {', '.join(n + '<n>' for n in _WITH_BITS if n != 'int')}, "
-        f"{', '.join((*_MX, *_TABLES, *_FLOATS))}"
+        f"{', '.join((*MX, *_TABLES, *_FLOATS))}"
     )
 
 
 def _with_options(fmt: NumberFormat, options: Iterable[str], name: str) -> NumberFormat:
-    """A base format with all its options at once: their order does not matter, but for recipes."""
+    """A base format with all its options at once: their order does not matter, but for recipes.
+
+    Raises:
+        FormatError: If there is no such option, or two contradict each other.
+    """
     changes: dict[str, Any] = {}
     recipe: tuple[str, ...] = ()
     for option in options:
+        before = dict(changes)
         if option in ("tensor", "channel", "token", "cross"):
             changes["granularity"] = option
         elif re.fullmatch(r"g[1-9]\d*", option):
@@ -357,8 +359,10 @@ def _with_options(fmt: NumberFormat, options: Iterable[str], name: str) -> Numbe
         else:
             raise FormatError(
                 f"unknown option {option!r} in {name!r}; use tensor, channel, g<size>, b<rows>x<size>, token, cross, "
-                "raw, p2, sym, asym, bipolar, nested, progressive or a recipe such as gptq"
+                "raw, p2, s16, s32, sym, asym, bipolar, nested, progressive or a recipe such as gptq"
             )
+        if (twice := next((key for key in before if before[key] != changes[key]), None)) is not None:
+            raise FormatError(f"{name!r} has two {_KINDS[twice]}, of which a format has one; not also {option!r}")
     # Scales that were the usual ones become the usual ones of another granularity.
     usual = "" if fmt.scale == _usual_scale(fmt) else fmt.scale
     return replace(fmt, **{"scale": usual, "recipe": recipe} | changes)

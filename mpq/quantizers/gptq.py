@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpq.errors import DataError
 from mpq.quantizers.elements import element_scales, round_elements
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.statistics import LayerStats
@@ -40,6 +41,7 @@ def gptq(
 
     Raises:
         FormatError: If the format is not scalar.
+        DataError: If the damped second moments are not positive definite.
     """
     scale, zero = element_scales(weight, fmt, method, nearest)
     hessian = stats.damped(damping)
@@ -53,8 +55,11 @@ def gptq(
         parts = stats.by_group(x)
         return parts.gather(2, order[:, None].expand_as(parts))
 
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        factor = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise DataError("the second moments of the inputs are not positive definite; use a larger damping") from None
     columns = ordered(weight), ordered(scale), None if zero is None else ordered(zero)
     rounded = _round_columns(*columns, factor, fmt)
     back = order.argsort(1)

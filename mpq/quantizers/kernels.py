@@ -19,6 +19,7 @@ from mpq.quantizers.compiled import blocks_alike, compiled
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import FloatGrid, TableGrid, grid_of
 from mpq.quantizers.ranges import find_range, minmax_range
+from mpq.quantizers.recipe_storage import axis_of
 from mpq.quantizers.scales import outer_scale, refuse_larger, scale_and_zero
 
 FLOAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -144,7 +145,7 @@ def arranged(x: Tensor, fmt: NumberFormat, channel_axis: int) -> Tensor:
         return x.reshape(-1)
     if fmt.granularity == "token":
         return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x.movedim(channel_axis, 0)
+    return x.movedim(axis_of(x.shape, channel_axis), 0)
 
 
 def scaled_rows(

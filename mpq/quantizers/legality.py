@@ -13,6 +13,28 @@ if TYPE_CHECKING:
 SCALE_BITS = {"none": 0, "fp32": 32, "fp16": 16, "e8m0": 8, "e4m3": 8}
 VARIANTS = {"int": ("", "bipolar", "nested", "progressive"), "table": ("nf4", "fp4_bnb")}
 ROUNDINGS = ("stochastic", "adaround", "flexround", "adaquant", "gptq")
+# Family -> how many bits it may have.
+WIDTHS = {
+    "int": (1, 16),
+    "pow2": (2, 8),
+    "post": (2, 8),
+    "log2": (1, 8),
+    "nupes": (2, 8),
+    "kmeans": (1, 8),
+    "pvq": (1, 8),
+    "table": (4, 4),
+    "ternary": (2, 2),
+    "binary": (1, 1),
+}
+# Name -> bits, exponent and mantissa.
+MX = {
+    "mxfp8_e4m3": (8, 4, 3),
+    "mxfp8_e5m2": (8, 5, 2),
+    "mxfp6_e3m2": (6, 3, 2),
+    "mxfp6_e2m3": (6, 2, 3),
+    "mxfp4": (4, 2, 1),
+    "mxint8": (8, 0, 0),
+}
 PVQ_BITS = 62  # the enumeration of a group's points is worked in int64
 
 
@@ -22,8 +44,7 @@ def check_format(fmt: NumberFormat) -> None:
     Raises:
         FormatError: Saying what does not go together.
     """
-    if fmt.family == "int" and not 1 <= fmt.bits <= 16:
-        raise FormatError(f"integer formats have 1 to 16 bits, not {fmt.bits}")
+    _check_width(fmt)
     if fmt.family == "float" and fmt.bits != 1 + fmt.exponent + fmt.mantissa:
         raise FormatError(f"a float of {fmt.exponent} exponent and {fmt.mantissa} mantissa bits has no {fmt.bits} bits")
     if fmt.family == "float" and not fmt.plain_float and not (3 <= fmt.bits <= 8 and fmt.exponent >= 1):
@@ -42,6 +63,21 @@ def check_format(fmt: NumberFormat) -> None:
     _check_scale(fmt)
     if fmt.recipe:
         _check_recipe(fmt)
+
+
+def _check_width(fmt: NumberFormat) -> None:
+    least, most = WIDTHS.get(fmt.family, (fmt.bits, fmt.bits))
+    if not least <= fmt.bits <= most:
+        kind, widths = "integer" if fmt.family == "int" else fmt.family, f"{least} to {most}" if least < most else least
+        raise FormatError(f"{kind} formats have {widths} bits, not {fmt.bits}")
+    spec = fmt.bits, fmt.exponent, fmt.mantissa
+    known = {"mx": tuple(MX.values()), "nvfp": ((4, 2, 1),)}
+    if fmt.family in known and spec not in known[fmt.family]:
+        raise FormatError(
+            f"{fmt.family} formats have no {fmt.bits} bits with {spec[1]} of exponent, {spec[2]} of mantissa"
+        )
+    if fmt.family in WIDTHS and spec[1:] != (0, 0):
+        raise FormatError(f"only floats have exponent and mantissa bits, not {fmt.family}")
 
 
 def _check_scale(fmt: NumberFormat) -> None:

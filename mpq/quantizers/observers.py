@@ -25,7 +25,7 @@ class Observer(Protocol):
         """Take in one tensor.
 
         Raises:
-            DataError: If it holds NaN or infinity.
+            DataError: If it holds NaN, infinity or what is beyond float32.
         """
 
     def range(self, fmt: NumberFormat, method: str = "mse") -> tuple[float, float]:
@@ -41,6 +41,10 @@ def _ends(x: Tensor) -> tuple[float, float]:
     lo, hi = (v.item() for v in x.aminmax())
     if not (abs(lo) < float("inf") and abs(hi) < float("inf")):  # NaN fails this too
         raise DataError("it holds NaN or infinity")
+    if (largest := max(hi, -lo)) > torch.finfo(torch.float32).max:
+        raise DataError(
+            f"it holds numbers of size {largest:.3g}, which float32, what scales are stored in, does not reach"
+        )
     return lo, hi
 
 
@@ -54,13 +58,13 @@ def _check(seen: bool, fmt: NumberFormat) -> None:
 class ActivationObserver:
     """Exact minimum and maximum of all updates, and a bounded, evenly strided sample for percentile and MSE.
 
-    Deterministic: the same updates give the same range. Memory is at most 2**17 values.
+    Deterministic: the same updates give the same range. Memory is at most 2**17 values and one update's 8192.
     """
 
     def __init__(self) -> None:
         self.lo, self.hi = 0.0, 0.0
-        self._samples: list[Tensor] = []
-        self._thinning = 1
+        self._samples: dict[int, Tensor] = {}  # by the number of the update
+        self._updates, self._size, self._thinning = 0, 0, 1
 
     def update(self, x: Tensor) -> None:
         """See `Observer`."""
@@ -70,17 +74,25 @@ class ActivationObserver:
         lo, hi = _ends(x)
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         # An odd stride visits every channel although channel counts are mostly even.
-        stride = -(-x.numel() // _PER_UPDATE) * self._thinning | 1
-        self._samples.append(x[::stride].float())
-        if sum(len(s) for s in self._samples) > _CAPACITY:
-            self._samples = [torch.cat(self._samples)[::2].clone()]
+        stride = -(-x.numel() // _PER_UPDATE) | 1
+        # A thinned sample meets every other channel: updates take turns with which.
+        thinned = x[::stride][self._updates % self._thinning :: self._thinning]
+        self._keep({**self._samples, self._updates: thinned.to(torch.float32, copy=True)})
+        self._updates += 1
+        if self._size > _CAPACITY:
+            places = {i: i // self._thinning % 2 for i in self._samples}
+            self._keep({i: s[places[i] :: 2].clone() for i, s in self._samples.items()})
             self._thinning *= 2
+
+    def _keep(self, samples: dict[int, Tensor]) -> None:
+        self._samples = {i: s for i, s in samples.items() if len(s)}
+        self._size = sum(map(len, self._samples.values()))
 
     def range(self, fmt: NumberFormat, method: str = "mse") -> tuple[float, float]:
         """See `Observer`."""
-        _check(bool(self._samples), fmt)
-        ends = torch.tensor([self.lo, self.hi], device=self._samples[0].device)
-        values = torch.cat([*self._samples, ends])[None]
+        samples = list(self._samples.values())
+        _check(bool(samples), fmt)
+        values = torch.cat([*samples, torch.tensor([self.lo, self.hi], device=samples[0].device)])[None]
         lo, hi = find_range(values, fmt, method)
         return lo.item(), hi.item()
 

@@ -115,7 +115,12 @@ def _best_scale(values: Tensor, points: Tensor, weights: Tensor, fmt: NumberForm
     """Scale ``[groups, 1]`` with the least weighted squared error, as it is stored; zero for zeros."""
     dot = (weights * values * points).sum(1, keepdim=True)
     square = (weights * points.square()).sum(1, keepdim=True)
-    return torch.where(dot > 0, stored_scale(dot / square, fmt), 0.0)
+    exact = dot / square
+    kind = SCALE_DTYPES[fmt.scale]
+    # Lengths clip nothing: where the type's spacing is coarse they are rounded to nearest, if need be to zero.
+    small = exact < torch.finfo(kind).smallest_normal
+    stored = torch.where(small, exact.to(kind).to(exact.dtype), stored_scale(exact, fmt))
+    return torch.where(dot > 0, stored, 0.0)
 
 
 @cache

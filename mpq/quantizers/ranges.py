@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from mpq.errors import FormatError
-from mpq.quantizers.blocks import work_dtype
+from mpq.quantizers.blocks import checked_weights, work_dtype
 from mpq.quantizers.clips import best_of_grid, mse_range
 from mpq.quantizers.entropy import entropy_range
 from mpq.quantizers.formats import NumberFormat
@@ -27,12 +28,22 @@ def minmax_range(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return lo.to(work_dtype(lo)).clamp_(max=0), hi.to(work_dtype(hi)).clamp_(min=0)
 
 
-def percentile_range(blocks: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+def percentile_range(blocks: Tensor, percentile: float, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Range between the two-sided percentiles ``100 - p`` and ``p`` of each block, both ``[blocks, 1]``.
 
     The element at the nearest rank is taken (no interpolation), so the range is attained by the data.
+
+    Args:
+        blocks: ``[blocks, elements]``.
+        percentile: p.
+        own: Which elements count, at least one of each block; None: all.
     """
     n = blocks.shape[1]
+    if own is not None and not bool(own.all()):
+        counts = own.sum(1, keepdim=True)
+        ranks = torch.minimum((percentile / 100 * counts.double()).round().long().clamp(min=1), counts)
+        rising = torch.where(own, blocks, torch.inf).sort(1).values.to(work_dtype(blocks))
+        return rising.gather(1, counts - ranks).clamp(max=0), rising.gather(1, ranks - 1).clamp(min=0)
     rank = min(n, max(1, round(percentile / 100 * n)))
     hi = blocks.kthvalue(rank, dim=1, keepdim=True).values.to(work_dtype(blocks))
     lo = blocks.kthvalue(n + 1 - rank, dim=1, keepdim=True).values.to(work_dtype(blocks))
@@ -64,7 +75,8 @@ def find_range(
         blocks: ``[blocks, elements]``.
         fmt: A format with scales. MX formats are scaled as OCP has it by ``mse`` as by ``minmax``.
         method: See the table.
-        importance: Weights ``[blocks, elements]`` of errors, and of elements in histograms; None: all alike.
+        importance: Weights ``[blocks, elements]`` of errors, and of elements in histograms; None: all alike, as in
+            blocks without any weight. Percentiles are those of all elements with a weight.
         outer: The factor in all scales, see `outer_scale`.
         ends: What `minmax_range` gives, if that is known.
 
@@ -72,11 +84,12 @@ def find_range(
         Lower and upper ends, both ``[blocks, 1]``.
 
     Raises:
-        FormatError: If the method is unknown.
+        FormatError: If the method is unknown, or an importance is negative, NaN or infinite.
     """
     name, value = parse_range_method(method)
+    importance = None if importance is None else checked_weights(importance)
     if name == "percentile":
-        return percentile_range(blocks, value)
+        return percentile_range(blocks, value, None if importance is None else importance > 0)
     if name in ("absmean", "absmedian") or (method == "mse" and mean_is_best(fmt)):
         return magnitude_range(blocks, fmt, method, importance)
     ends = minmax_range(blocks) if ends is None else ends

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mpq.errors import FormatError
+
 # Name of a part -> its data type and shape.
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 _BYTES = {"float16": 2, "int32": 4, "uint8": 1}
@@ -16,8 +18,20 @@ def split_step(step: str) -> tuple[str, int]:
     return name, int(step[len(name) :] or 0)
 
 
+def axis_of(shape: Sequence[int], channel_axis: int) -> int:
+    """An axis counted from the first one; 0 of a number, which has none.
+
+    Raises:
+        FormatError: If there is no such axis.
+    """
+    if not -max(len(shape), 1) <= channel_axis < max(len(shape), 1):
+        raise FormatError(f"a tensor {list(shape)} has no axis {channel_axis}")
+    return channel_axis % max(len(shape), 1)
+
+
 def matrix_of(shape: Sequence[int], channel_axis: int = 0) -> tuple[int, int, int]:
     """Output channels, input channels, and the elements that each pair of them has (a kernel's)."""
+    channel_axis = axis_of(shape, channel_axis)
     rest = [n for i, n in enumerate(shape) if i != channel_axis]
     return (shape[channel_axis] if shape else 1), (rest[0] if rest else 1), math.prod(rest[1:])
 

@@ -12,14 +12,18 @@ from mpq.quantizers.blocks import work_dtype
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import FloatGrid, Grid, grid_of
 
-_E4M3_MAX = 448.0
+_E4M3_MAX = 448.0  # the largest finite number of the fp8 that NVFP4's scales are stored in
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # The largest scale of each type; in e4m3 there is a float32 factor besides.
 _MOST = {"fp32": _FLOAT32_MAX, "fp16": 65504.0, "e8m0": 2.0**127, "e4m3": _E4M3_MAX * _FLOAT32_MAX}
 
 
 def outer_scale(x: Tensor, fmt: NumberFormat) -> Tensor | None:
-    """The factor ``[1, 1]`` of a tensor's 8-bit float scales (NVFP4): the largest of them becomes 448; else None."""
+    """The factor ``[1, 1]`` of a tensor's 8-bit float scales (NVFP4): the largest of them becomes 448; else None.
+
+    NVIDIA, "Pretraining Large Language Models with NVFP4" (2025): the second, float32 level of its two scales, by which
+    the scale of the block with the tensor's largest magnitude is the largest number of fp8 e4m3.
+    """
     if fmt.scale != "e4m3":
         return None
     largest = (torch.maximum(x.amax(), -x.amin()) if x.numel() else x.new_zeros(())).to(work_dtype(x))
@@ -48,7 +52,8 @@ def scale_and_zero(
         return _microscale(torch.maximum(hi, -lo), fmt), zero
     if not fmt.symmetric:
         first, last = fmt.levels
-        scale = stored_scale((hi - lo) / (last - first), fmt, outer)
+        # Halves, as the whole may overflow.
+        scale = stored_scale(torch.sub(hi * 0.5, lo, alpha=0.5) / ((last - first) / 2), fmt, outer)
         return scale, (-lo / scale).round_().clamp_(first, last)
     grid = grid or grid_of(fmt)
     # A grid without negative values (log2) covers what is positive.
@@ -57,7 +62,10 @@ def scale_and_zero(
 
 
 def stored_scale(scale: Tensor, fmt: NumberFormat, outer: Tensor | None = None) -> Tensor:
-    """A scale as it is stored, in the dtype it has; never zero. Powers of two are rounded up, so that nothing clips."""
+    """A scale as it is stored, in the dtype it has; never zero.
+
+    Powers of two, and float16 under its normal numbers, are rounded up, so that nothing clips.
+    """
     if fmt.scale == "e8m0":
         fraction, power = torch.frexp(scale.clamp(2.0**-126, 2.0**127))
         return torch.ldexp(torch.ones_like(scale), power - (fraction == 0.5).int())  # a power of two stays
@@ -108,7 +116,10 @@ def refuse_beyond(needed: Tensor, fmt: NumberFormat) -> None:
 
 
 def _microscale(largest: Tensor, fmt: NumberFormat) -> Tensor:
-    """Shared scale of an OCP MX block: the power of two of its largest element over that of the largest code."""
+    """Shared scale of an OCP MX block: the power of two of its largest element over that of the largest code.
+
+    OCP Microscaling Formats (MX) Specification v1.0, section 6.3.
+    """
     highest = grid_of(fmt).high
     power = torch.frexp(torch.full_like(largest, highest))[1] - 1
     found = torch.frexp(largest)[1] - 1 - power

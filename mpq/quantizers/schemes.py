@@ -17,7 +17,12 @@ from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.legality import fitted
 
 _SCHEME = re.compile(r"W(?P<weight>[^A-Z]+)(?:A(?P<activation>[^A-Z]+))?")
+_GRANULARITIES = {"tensor", "channel", "token", "cross", "g", "b", "raw"}
 _DEFAULT_OPTIONS = {"W": ("channel", "sym"), "A": ("tensor", "asym")}
+
+
+def _names_granularity(options: Iterable[str]) -> bool:
+    return any(option.rstrip("0123456789x") in _GRANULARITIES for option in options)
 
 
 def _role_format(text: str, role: str) -> NumberFormat:
@@ -28,9 +33,12 @@ def _role_format(text: str, role: str) -> NumberFormat:
     if base.isdigit() or base.startswith("int"):
         bits = base.removeprefix("int")
         granularity, sign = _DEFAULT_OPTIONS[role]
-        sign = "sym" if "cross" in options else sign  # there is no other
-        return NumberFormat.parse(":".join([f"int{bits}", granularity, sign, *options]))
-    if role == "A" and NumberFormat.parse(base).granularity == "channel" and "channel" not in options:
+        # Cross is symmetric; the sign of progressive integers is known.
+        usual = [] if _names_granularity(options) else [granularity]
+        if not {"sym", "asym", "cross"}.intersection(options):
+            usual.append(sign)
+        return NumberFormat.parse(":".join([f"int{bits}", *usual, *options]))
+    if role == "A" and NumberFormat.parse(base).granularity == "channel" and not _names_granularity(options):
         options = ["tensor", *options]
     return NumberFormat.parse(":".join([base, *options]))
 
