@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _INCUMBENTS = 3  # best measured picks whose neighbours are looked at
 _CANDIDATES, _WORK = 3000, 2e8  # neighbours at most, and times the square of the groups
+_AHEAD = 16  # evaluations whose gains together are held against the noise
 _SECONDS = 10.0  # limit of an integer program for a corrected problem
 
 
@@ -38,7 +39,8 @@ class Refine(MeasuredSearch):
     Attributes:
         seed: Random seed of the draws.
         least_gain: It ends when less than this share of the loss is expected to be gained by one more evaluation, or
-            less than the noise of the measurement where that tells it (`Evaluations.noise`).
+            by all that are left, up to 16, less than the noise of the measurement where that tells it
+            (`Evaluations.noise`).
         handful: Evaluations before it may end: a model of fewer can't tell.
         batch: Picks measured at once, for executors.
         drafts: Draws from the posterior for each batch.
@@ -71,11 +73,15 @@ class Refine(MeasuredSearch):
         evaluations.measure(proposer.first(evaluations))
         while True:
             gain, picks = proposer.propose(evaluations, self.batch, self.drafts)
-            enough, least, noisy = len(evaluations.trace) >= self.handful, self.least_gain, ""
-            if enough and gain >= least and (noise := proposer.noise(evaluations)) > least:
-                least, noisy = noise, "the noise of "
-            if not len(picks) or (enough and gain < least):
-                return f"one more evaluation is expected to gain {gain:.2%} of the loss, less than {noisy}{least:.2%}"
+            enough = len(evaluations.trace) >= self.handful
+            if not len(picks) or (enough and gain < self.least_gain):
+                return (
+                    f"one more evaluation is expected to gain {gain:.2%} of the loss, less than {self.least_gain:.2%}"
+                )
+            ahead = int(min(_AHEAD, max(1, evaluations.left)))
+            if enough and ahead * gain < (noise := proposer.noise(evaluations)):
+                more = f"{ahead} more evaluations can gain {ahead * gain:.2%} of the loss"
+                return f"{more}, less than the noise of {noise:.2%}"
             evaluations.measure(picks)
 
 

@@ -68,7 +68,9 @@ def test_refine_ends_below_the_noise_of_the_evaluator(measured):
     analysis, evaluator, _ = measured
 
     def run(evaluate):
-        return analysis.search(evaluate, "avg_bits<=3", Refine(handful=3), evaluations=20, progress=False).solution
+        return analysis.search(
+            evaluate, "avg_bits<=3", Refine(handful=3, least_gain=1e-4), evaluations=20, progress=False
+        ).solution
 
     noisy, blind = run(evaluator), run(lambda config: evaluator.measure(config).kl)
     assert "less than the noise of" in noisy.message
