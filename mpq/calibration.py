@@ -213,6 +213,7 @@ def read_batches(data: Iterable[Any], read: Callable[[Any], Batch]) -> Iterator[
         DataError: If an input holds NaN or infinity.
     """
     if not isinstance(data, Iterable):
+        # Callers without a type checker pass anything, which the annotation calls unreachable.
         hint = "; a Dataset gives batches through a DataLoader" if hasattr(data, "__getitem__") else ""  # type: ignore[unreachable]
         raise DataError(f"the data must be an iterable of batches, not {data!r}{hint}")
     for i, raw in enumerate([data] if isinstance(data, Tensor | Mapping) else data):

@@ -37,7 +37,7 @@ def clip(x: Tensor, low: Tensor | float | None = None, high: Tensor | float | No
     if isinstance(low, Tensor) or isinstance(high, Tensor):  # computed ends
         low, high = (None if v is None else torch.as_tensor(v, dtype=x.dtype) for v in (low, high))
     # Both are tensors or both numbers by now, which the type checker can't tell.
-    return x if low is None and high is None else torch.clamp(x, low, high)  # type: ignore[arg-type]
+    return x if low is None and high is None else torch.clamp(x, low, high)  # type: ignore[arg-type]  # one may be None
 
 
 def global_average_pool(x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def unsqueeze(x: Tensor, axes: Ints) -> Tensor:
 def expand(x: Tensor, shape: Ints) -> Tensor:
     """Expand: sizes broadcast both ways."""
     # torch has no types for broadcast_shapes
-    return torch.broadcast_to(x, torch.broadcast_shapes(x.shape, ints(shape)))  # type: ignore[no-untyped-call]
+    return torch.broadcast_to(x, torch.broadcast_shapes(x.shape, ints(shape)))  # type: ignore[no-untyped-call]  # by torch
 
 
 def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:

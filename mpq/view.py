@@ -63,6 +63,7 @@ def plain(model: Network) -> nn.Module:
 
         return load_onnx(model)
     if not isinstance(model, nn.Module):
+        # Callers without a type checker pass anything, which the annotation calls unreachable.
         hint = "; a state dict holds weights only, load it into the model" if isinstance(model, Mapping) else ""  # type: ignore[unreachable]
         raise GraphError(f"the model must be a torch.nn.Module or an ONNX file, not a {type(model).__name__}{hint}")
     if isinstance(model, torch.jit.ScriptModule):

@@ -124,6 +124,7 @@ def _convert(model: nn.Module, inputs: list[torch.Tensor], compute_precision: st
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             # torch has no types for jit.trace
+            # torch has no types for it.
             traced = torch.jit.trace(model, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
             return ct.convert(
                 traced,

@@ -58,7 +58,7 @@ def gptq(
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         factor = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, but not in torch's types
         raise DataError("the second moments of the inputs are not positive definite; use a larger damping") from None
     columns = ordered(weight), ordered(scale), None if zero is None else ordered(zero)
     rounded = _round_columns(*columns, factor, fmt)

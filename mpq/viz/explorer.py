@@ -192,6 +192,7 @@ class Explorer:
 
     def _ipython_display_(self) -> None:
         self._live.refresh()
+        # IPython has no types for it.
         display(self.widget)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ import traitlets
 from plotly import graph_objects as go
 
 
-class LiveFigure(go.FigureWidget):  # type: ignore[misc]
+class LiveFigure(go.FigureWidget):  # type: ignore[misc]  # Plotly has no types
     """A FigureWidget that tells the page of itself only when it has its data.
 
     Plotly opens its channel first and sends the data after it; a page that draws in between stays empty.
