@@ -17,6 +17,9 @@ CACHED = 2**17
 # Elements that are kept of each kind of scratch memory: 4 MiB of float32.
 _MOST_SCRATCH = 2**20
 
+# Elements of a buffer for what is worked out of several blocks at a time.
+BUFFERED = 2**18
+
 _kept = threading.local()
 
 
@@ -30,6 +33,11 @@ def scratch(use: str, numel: int, like: Tensor) -> Tensor:
         with torch.inference_mode(False):
             found = _kept.__dict__[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
     return found[:numel]
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, by its ends: several times faster than element by element."""
+    return not x.numel() or all(bool(torch.isfinite(end)) for end in x.aminmax())
 
 
 def to_rows(x: Tensor, channel_axis: int = 0) -> Tensor:

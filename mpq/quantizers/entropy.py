@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpq.quantizers.blocks import BUFFERED
 from mpq.quantizers.clips import Ends, least_share
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import Grid, IntGrid, grid_of
@@ -13,8 +14,6 @@ from mpq.quantizers.scales import scale_and_zero
 _BINS = 2048
 _CANDIDATES = 80
 _LEAST_SHARE = 1e-10
-# Elements of the [blocks, bins] work buffers.
-_BUFFER_ELEMENTS = 2**18
 
 
 def entropy_range(
@@ -40,7 +39,7 @@ def entropy_range(
     lo, hi = ends
     ratios = torch.linspace(1.0, least_share(fmt), _CANDIDATES, dtype=lo.dtype, device=lo.device)
     found = torch.ones_like(lo)
-    step = max(1, _BUFFER_ELEMENTS // max(_BINS, blocks.shape[1]))
+    step = max(1, BUFFERED // max(_BINS, blocks.shape[1]))
     for rows in (slice(i, i + step) for i in range(0, len(blocks), step)):
         part = blocks[rows].to(lo.dtype)
         weights = torch.ones_like(part) if importance is None else importance[rows].to(lo.dtype)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpq.errors import FormatError
+from mpq.quantizers.blocks import all_finite
 
 
 def to_float16(x: Tensor, what: str) -> Tensor:
@@ -19,6 +19,6 @@ def to_float16(x: Tensor, what: str) -> Tensor:
         FormatError: If an element is beyond float16's ends.
     """
     half = x.half()
-    if half.numel() and not all(bool(torch.isfinite(end)) for end in half.aminmax()):
+    if not all_finite(half):
         raise FormatError(f"{what} is {float(x.abs().max()):.4g}, but float16, which it is kept in, ends at 65504")
     return half

@@ -11,13 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpq.quantizers.blocks import from_blocks, weighted_blocks
+from mpq.quantizers.blocks import BUFFERED, from_blocks, weighted_blocks
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import find_range, minmax_range
 from mpq.quantizers.scales import stored_scale
 from mpq.quantizers.tensors import QuantizedTensor
 
-_BUFFER_ELEMENTS = 2**18
 _SAMPLED = 2**16  # elements that the exponent is searched on
 _EXPONENTS, _REFINED = (0.2, 1.8), 4
 _RATIOS = 17  # of scales to the largest magnitude
@@ -32,7 +31,7 @@ def quantize(
     exponent = _find_exponent(blocks, fmt, method, weights)
     scale, _ = _find_scale(blocks, fmt, method, weights, exponent)
     codes = torch.empty(blocks.shape, dtype=torch.int8, device=x.device)
-    step = max(1, _BUFFER_ELEMENTS // blocks.shape[1])
+    step = max(1, BUFFERED // blocks.shape[1])
     for r in range(0, len(blocks), step):
         codes[r : r + step] = _nearest(blocks[r : r + step] / scale[r : r + step], fmt.bits, exponent)
     zero = torch.zeros_like(scale)
@@ -107,8 +106,8 @@ def _find_scale(
     ratios = torch.linspace(1, smallest, count, dtype=blocks.dtype, device=blocks.device)[:, None, None]
     tried = stored_scale(_largest_scale(lo, hi, fmt.bits, exponent) * ratios, fmt)
     errors = torch.empty_like(tried)
-    rows = max(1, min(len(blocks), _BUFFER_ELEMENTS // blocks.shape[1]))
-    step = max(1, _BUFFER_ELEMENTS // (rows * blocks.shape[1]))
+    rows = max(1, min(len(blocks), BUFFERED // blocks.shape[1]))
+    step = max(1, BUFFERED // (rows * blocks.shape[1]))
     for r in range(0, len(blocks), rows):
         part, w = blocks[r : r + rows], weights[r : r + rows]
         for k in range(0, count, step):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpq.quantizers.blocks import from_blocks, to_rows, weighted_blocks
+from mpq.quantizers.blocks import BUFFERED, from_blocks, to_rows, weighted_blocks
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.kernels import chunks
 from mpq.quantizers.ranges import find_range, minmax_range
@@ -20,7 +20,6 @@ from mpq.quantizers.tensors import QuantizedTensor
 
 PROTECTIVE, _STEPS = 119, 15
 _LARGEST_SCALE = 16  # 2 * 119 / 15, rounded
-_BUFFER_ELEMENTS = 2**18
 
 
 def quantize(
@@ -89,7 +88,7 @@ def _best_scale(whole: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each block, both ``[blocks, 1]``, with the least weighted squared error."""
     best = whole.new_ones(len(whole), 1)
     zero = torch.zeros_like(best)
-    step = max(1, _BUFFER_ELEMENTS // whole.shape[1])
+    step = max(1, BUFFERED // whole.shape[1])
     for r in range(0, len(whole), step):
         part = whole[r : r + step]
         lo, hi = minmax_range(part)

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from mpq.errors import FormatError
-from mpq.quantizers.blocks import from_blocks, weighted_blocks
+from mpq.quantizers.blocks import BUFFERED, from_blocks, weighted_blocks
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.legality import PVQ_BITS
 from mpq.quantizers.packing import SCALE_DTYPES, Layout, check_layout, pack, unpack
 from mpq.quantizers.scales import stored_scale
 from mpq.quantizers.tensors import QuantizedTensor
-
-_BUFFER_ELEMENTS = 2**18
 
 
 def quantize(
@@ -37,7 +35,7 @@ def quantize(
     codes = torch.zeros(blocks.shape, dtype=_code_dtype(fmt, shape, channel_axis), device=x.device)
     scale = blocks.new_zeros(len(blocks), 1)
     for _, width, rows in _groups(fmt, shape, channel_axis, x.device):
-        step = max(1, _BUFFER_ELEMENTS // width)
+        step = max(1, BUFFERED // width)
         for part in (rows[r : r + step] for r in range(0, len(rows), step)):
             values = blocks[part, :width]
             w = torch.ones_like(values) if weights is None else weights[part, :width]

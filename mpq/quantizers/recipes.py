@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mpq.errors import FormatError
 from mpq.quantizers.adaround import adaquant, adaround, flexround
-from mpq.quantizers.blocks import to_blocks, to_rows
+from mpq.quantizers.blocks import all_finite, to_blocks, to_rows
 from mpq.quantizers.elements import element_scales, stochastic
 from mpq.quantizers.equalization import awq_scales, smooth_scales
 from mpq.quantizers.float16 import to_float16
@@ -148,7 +148,7 @@ def round_weight(
     rows = to_rows(weight.detach())
     rows = rows.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     # Some steps would take NaN for an outlier, and store it.
-    if rows.numel() and not all(bool(torch.isfinite(end)) for end in rows.aminmax()):
+    if not all_finite(rows):
         raise FormatError(f"the weight {list(shape)} holds NaN or infinity")
     with torch.no_grad():
         found = _chain(fmt, method, matrix_of(shape)[2], _seed(rows, fmt))(rows, stats)

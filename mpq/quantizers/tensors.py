@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpq.errors import FormatError
-from mpq.quantizers.blocks import from_blocks, work_dtype
+from mpq.quantizers.blocks import all_finite, from_blocks, work_dtype
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import grid_of
 from mpq.quantizers.kernels import FLOAT_DTYPES, fake_quantize_compiled, fake_quantize_into, quantize_rows
@@ -77,7 +77,7 @@ def coder_of(fmt: NumberFormat) -> Any:
 
 
 def _check(x: Tensor) -> None:
-    if x.numel() and not all(bool(torch.isfinite(end)) for end in x.aminmax()):
+    if not all_finite(x):
         raise FormatError(f"the tensor {list(x.shape)} holds NaN or infinity")
 
 
