@@ -20,6 +20,7 @@ _BASES = (
     + [f"int{b}:asym" for b in range(1, 17)]
     + [f"int{b}:bipolar" for b in range(1, 9)]
     + [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 8) for m in range(8 - e) if e + m > 1]
+    + ["fp9_e4m4", "fp10_e5m4", "fp11_e7m3", "fp12_e4m7", "fp13_e1m11", "fp16_e6m9"]
     + [f"{family}_{b}" for family in ("pow2", "post") for b in range(2, 9)]
     + [f"log2_{b}" for b in range(1, 7)]
     + ["nf4", "fp4_bnb", "ternary", "binary", "bfp4", "bfp8", "nvfp4"]
@@ -117,7 +118,11 @@ def test_no_level_is_nearer(fmt, method, seed, shape):
     scale = from_blocks(q.scale.expand_as(q.codes).contiguous(), shape, 0, *(fmt.block or (1, 0)))
     zero = from_blocks(q.zero_point.expand_as(q.codes).contiguous(), shape, 0, *(fmt.block or (1, 0)))
     x = tensor(seed, shape) / scale
-    if fmt.bits > 8:  # too many to compare with all
+    if fmt.bits > 8 and fmt.family == "float":  # too many to compare with all
+        levels = torch.tensor(values(fmt), dtype=x.dtype)
+        above = torch.searchsorted(levels, x).clamp(1, len(levels) - 1)
+        best = torch.minimum((levels[above] - x).abs(), (levels[above - 1] - x).abs())
+    elif fmt.bits > 8:
         low, high = (v - zero for v in fmt.levels)
         best = torch.maximum((x.round().maximum(low).minimum(high) - x).abs(), torch.zeros_like(x))
     else:

@@ -24,7 +24,7 @@ from mpq.quantizers import (
 )
 from mpq.quantizers.blocks import from_blocks, weighted_blocks
 from mpq.quantizers.clips import clip_errors, least_share
-from mpq.quantizers.grids import FloatGrid, IntGrid, grid_of
+from mpq.quantizers.grids import FloatGrid, IntGrid, TableGrid, grid_of
 from mpq.quantizers.lookup import nearest, nearest_by_tables
 from mpq.quantizers.ranges import minmax_range, parse_range_method
 from mpq.quantizers.scales import outer_scale, scale_and_zero
@@ -33,10 +33,11 @@ FORMATS = (
     *("int4", "int8", "int2", "int1", "int16", "int4:asym", "int8:tensor", "int3:tensor:asym", "int4:g8", "int4:g7"),
     *("int5:g16:asym", "int4:b2x8", "int4:b3x5", "int4:g16:p2", "int4:bipolar", "int8:token", "fp16", "bf16"),
     *("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp4_e2m1:g16", "fp8_e4m3:tensor", "fp4_e2m1:raw", "mxfp4", "mxfp8_e5m2"),
+    *("fp10_e5m4", "fp13_e4m8:g8", "fp16_e3m12:tensor", "fp11_e2m8:raw", "fp9_e8m0", "fp12_e8m3", "fp15_e8m6"),
     *("mxint8", "nvfp4", "nf4", "nf4:g8", "nf4:tensor", "fp4_bnb", "pow2_4", "post_4", "log2_4", "ternary", "binary"),
 )
 GRIDS = {n: grid_of(NumberFormat.parse(n)) for n in (*FORMATS, "pow2_8") if n not in ("fp16", "bf16")}
-LISTED = [n for n, grid in GRIDS.items() if hasattr(grid, "values")]
+LISTED = [n for n, grid in GRIDS.items() if isinstance(grid, TableGrid)]
 
 
 def tensor(shape=(12, 40), seed=0, dtype=torch.float32):

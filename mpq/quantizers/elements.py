@@ -8,7 +8,7 @@ from torch import Tensor
 from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.grids import IntGrid, TableGrid, grid_of
+from mpq.quantizers.grids import FloatGrid, IntGrid, TableGrid, grid_of
 from mpq.quantizers.tensors import CODERS, QuantizedTensor, quantize
 
 
@@ -55,7 +55,7 @@ def neighbours(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat)
         ends = grid.first - offset, grid.last - offset
         low, high = (torch.clamp(v, *ends) for v in (units.floor(), units.floor() + 1))
     else:
-        assert isinstance(grid, TableGrid)
+        assert isinstance(grid, TableGrid | FloatGrid)
         levels = torch.tensor(grid.values, dtype=x.dtype, device=x.device)
         above = torch.bucketize(units, levels, right=True)
         low, high = levels[(above - 1).clamp(min=0)], levels[above.clamp(max=len(levels) - 1)]

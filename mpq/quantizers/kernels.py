@@ -17,7 +17,7 @@ from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks, scratch, weighted_blocks, work_dtype
 from mpq.quantizers.compiled import blocks_alike, compiled
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.grids import FloatGrid, TableGrid, grid_of
+from mpq.quantizers.grids import TableGrid, grid_of
 from mpq.quantizers.ranges import find_range, minmax_range
 from mpq.quantizers.recipe_storage import axis_of
 from mpq.quantizers.scales import outer_scale, refuse_larger, scale_and_zero
@@ -117,7 +117,7 @@ def quantize_rows(
             grid, offset = grid_of(fmt), None if fmt.symmetric else part.zero
             units = scratch("units", part.blocks.numel(), part.blocks).view(part.blocks.shape)
             torch.mul(part.blocks, part.scale.reciprocal(), out=units)
-            if not isinstance(grid, TableGrid) or isinstance(grid, FloatGrid):
+            if not isinstance(grid, TableGrid):
                 grid.round_(units, offset, clip=part.clip)
             found[part.index].append((grid.encode(units, offset), part.scale, part.zero, part.outer))
     return [_joined(parts, x, fmt) for parts, fmt in zip(found, formats, strict=True)]
