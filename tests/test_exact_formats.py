@@ -126,6 +126,7 @@ def test_values_of_minifloats_are_those_of_the_formula(name):
     for dtype in (torch.float32, torch.float64):
         assert grid.decode(codes, dtype).tolist() == expected
         assert grid.decode(codes + half, dtype).tolist() == [-v for v in expected]
+        assert not grid.decode(codes[:1] + half, dtype).signbit()
     assert (grid.low, grid.high) == (-expected[-1], expected[-1])
     assert grid.values == (*(-v for v in expected[:0:-1]), *expected)
 

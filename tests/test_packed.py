@@ -83,7 +83,8 @@ def test_configs_with_new_formats_round_trip(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheme", ["Wfp10_e5m4A8", "Wfp12_e8m3Afp12_e8m3", "Wfp16_e6m9:g8Afp9_e4m4:token", "Wfp9_e4m4:gptqA8", "W8Afp12_e5m6"]
+    "scheme",
+    ["Wfp10_e5m4A8", "Wfp12_e8m3Afp12_e8m3", "Wfp16_e6m9:g8Afp9_e4m4:token", "Wfp9_e4m4:gptqA8", "W8Afp12_e5m6"],
 )
 def test_minifloats_of_any_width_are_chosen_stored_and_read_in_the_bytes_foretold(scheme, tmp_path):
     torch.manual_seed(0)
