@@ -42,11 +42,6 @@ def element_scales(
     return spread(q.scale), None if fmt.symmetric else spread(q.zero_point)
 
 
-def round_elements(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:
-    """The nearest values of a format whose scale and zero point are known for each element."""
-    return grid_of(fmt).round_(x * (1 / scale), zero).mul_(scale)
-
-
 def neighbours(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     """The values of a format below and above each element, in its own units; beyond the ends both are the end."""
     grid, units = grid_of(fmt), x * (1 / scale)

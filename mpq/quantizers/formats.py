@@ -39,7 +39,7 @@ from typing import Any
 
 from mpq.errors import FormatError
 from mpq.quantizers.legality import MX, ROUNDINGS, SCALE_BITS, VARIANTS, WIDTHS, check_format
-from mpq.quantizers.recipe_storage import axis_of, layout_bytes, matrix_of, recipe_layout, split_step
+from mpq.quantizers.recipe_storage import axis_of, kept_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
 _KINDS = {"granularity": "granularities", "scale": "types of scales", "symmetric": "signs", "variant": "variants"}
@@ -274,7 +274,7 @@ def _recipe_bits(fmt: NumberFormat, shape: Sequence[int], channel_axis: int) -> 
     kept, wider = recipe_layout(fmt.recipe, channels, inputs, positions)
     plain = replace(fmt, recipe=())
     rounded = plain.storage_bits((channels, wider * positions))
-    bits = 8 * layout_bytes(kept) + rounded - plain.storage_bits((channels, inputs * positions))
+    bits = 8 * kept_bytes(kept) + rounded - plain.storage_bits((channels, inputs * positions))
     name, clusters = split_step(fmt.recipe[-1])
     if name == "split":  # codes are stored once, all else for each cluster
         bits += (clusters - 1) * (rounded - plain.element_bits(channels * wider * positions))

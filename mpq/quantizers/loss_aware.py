@@ -13,7 +13,7 @@ from mpq.quantizers.clips import least_share
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import minmax_range
 from mpq.quantizers.scales import outer_scale, scale_and_zero
-from mpq.quantizers.tensors import block_axis, check_scaled, quantize_dequantize_
+from mpq.quantizers.tensors import block_axis, check_scaled, round_elements
 
 
 def loss_aware_range(
@@ -48,7 +48,7 @@ def loss_aware_range(
     best, least = None, float("inf")
     for share in torch.linspace(1.0, least_share(fmt), candidates).tolist():
         scale, zero = scale_and_zero(lo * share, hi * share, fmt, outer)
-        rounded = quantize_dequantize_(blocks.clone(), scale, zero, fmt)
+        rounded = round_elements(blocks, scale, zero, fmt)
         value = float(loss(from_blocks(rounded, tuple(x.shape), axis, *(fmt.block or (1, 0))).to(x.dtype)))
         if value < least:
             best, least = share, value
