@@ -235,7 +235,8 @@ def _ocs(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | N
     share = torch.ones_like(weight[0]).index_fill(0, split, 0.5)
     halved = (weight * share)[:, columns]
     if setting.fmt.family == "int":
-        # Halves that differ by half a step round to what the whole would, and not twice to the same side.
+        # Halves that differ by half a step round to what the whole would, and not twice to the same side. As they move
+        # the range, by up to a quarter of it in small groups, the rest searches its own.
         quarter = element_scales(halved, setting.fmt, setting.method)[0][:, weight.shape[1] :] / 4
         halved[:, split] -= quarter
         halved[:, weight.shape[1] :] += quarter

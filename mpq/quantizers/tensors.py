@@ -294,7 +294,7 @@ def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> 
         hi: Upper end, at least 0.
 
     Raises:
-        FormatError: If the format has other scales, or the range does not hold zero.
+        FormatError: If the format is no scale times a grid or has several scales, or the range does not hold zero.
     """
     if fmt.granularity == "none":
         return cast(x, fmt)
