@@ -129,6 +129,8 @@ def test_values_of_minifloats_are_those_of_the_formula(name):
         assert not grid.decode(codes[:1] + half, dtype).signbit()
     assert (grid.low, grid.high) == (-expected[-1], expected[-1])
     assert grid.values == (*(-v for v in expected[:0:-1]), *expected)
+    smallest = torch.uint8 if fmt.bits <= 8 else torch.int16 if fmt.bits < 16 else torch.int32
+    assert grid.encode(torch.zeros(1)).dtype == smallest
 
 
 @pytest.mark.parametrize(

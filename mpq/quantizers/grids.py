@@ -244,7 +244,7 @@ class FloatGrid:
         bits = (values * (1 / self._unit(values.dtype))).view(whole)
         low = (bits >> (stored - self.mantissa)).bitwise_and_(self._sign - 1)
         sign = bits.bitwise_right_shift_(8 * whole.itemsize - 1).bitwise_and_(self._sign)
-        return low.bitwise_or_(sign).to(_code_dtype(0, 2 * self._sign - 1))
+        return low.bitwise_or_(sign).to(_code_dtype(0, max(255, 2 * self._sign - 1)))
 
     def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
         """See `Grid`; zero with a sign is zero."""
