@@ -24,8 +24,8 @@ from mpq.quantizers.scales import outer_scale, refuse_larger, scale_and_zero
 
 FLOAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Elements at a time: 2 MiB of float32 beside a result as large. Half as many cost a tenth more in calls of torch.
-_CHUNK = 2**19
+# Elements at a time: 4 MiB of float32 beside a result as large. Half as many cost up to a tenth more in calls of torch.
+_CHUNK = 2**20
 # Elements of a block: making scales of smaller ones for each chunk costs more calls of torch than reading memory twice.
 _SMALL = 2**10
 
