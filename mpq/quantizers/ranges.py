@@ -104,6 +104,13 @@ def find_range(
     return best_of_grid(blocks, ends, fmt, _CANDIDATES, value, importance, outer)
 
 
+def minimises_error(fmt: NumberFormat, method: str) -> bool:
+    """Whether the errors that a range or what is fitted in its place is to minimise may have weights."""
+    if fmt.family in ("kmeans", "pvq"):  # the rule has no say
+        return True
+    return parse_range_method(method)[0] in ("mse", "pnorm", "kl") and (method != "mse" or fmt.family != "mx")
+
+
 def parse_range_method(method: str) -> tuple[str, float]:
     """Name of a range rule and the number after its colon (NaN where there is none).
 
