@@ -40,6 +40,9 @@ RECIPES = (
     "lorc8",
     "qera8",
     "lorc8:gptq",
+    "weighted",
+    "weighted:gptq",
+    "awq:weighted",
 )
 QUICK = ("", "adaround", "gptq", "awq", "hadamard:gptq", "lorc8")
 
