@@ -144,7 +144,7 @@ def test_ranges_are_the_best_clips_for_weighted_errors(name, groups):
         torch.testing.assert_close(found[block], best[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_codebooks_are_the_best_partitions_for_weighted_errors(seed):
     weight, x = drawn(2, 7, seed=seed) ** 3, uneven(7, seed=seed % 5)
@@ -155,8 +155,8 @@ def test_codebooks_are_the_best_partitions_for_weighted_errors(seed):
         for cut in range(1, 7):
             parts = [(row[i], squares[i]) for i in (order[:cut], order[cut:])]
             best = min(best, sum(float((w * (v - (w * v).sum() / w.sum()) ** 2).sum()) for v, w in parts))
-        # Levels are stored in float16.
-        assert weighted_error(row, rounded, squares) == pytest.approx(best, rel=1e-3, abs=1e-5)
+        stored = float(squares.sum() * (row.abs().max() * 2.0**-11).square())  # levels are in float16
+        assert best * (1 - 1e-9) <= weighted_error(row, rounded, squares) <= best + stored + 1e-9
 
 
 def test_gptq_rounds_to_the_weighted_scales():
