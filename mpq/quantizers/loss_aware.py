@@ -39,19 +39,38 @@ def loss_aware_range(
         FormatError: If there are no candidates, the loss is never a finite number, or the format is of another kind.
     """
     check_scaled(fmt)
-    if candidates < 1:
-        raise FormatError(f"there must be candidates to choose from, not {candidates}")
     axis = block_axis(fmt, channel_axis)
     blocks, _ = weighted_blocks(x, fmt, axis, None)
     lo, hi = minmax_range(blocks)
     outer = outer_scale(blocks, fmt)
-    best, least = None, float("inf")
-    for share in torch.linspace(1.0, least_share(fmt), candidates).tolist():
+
+    def loss_of(share: float) -> float:
         scale, zero = scale_and_zero(lo * share, hi * share, fmt, outer)
         rounded = quantize_dequantize_(blocks.clone(), scale, zero, fmt)
-        value = float(loss(from_blocks(rounded, tuple(x.shape), axis, *(fmt.block or (1, 0))).to(x.dtype)))
+        return float(loss(from_blocks(rounded, tuple(x.shape), axis, *(fmt.block or (1, 0))).to(x.dtype)))
+
+    best = best_clip(fmt, candidates, loss_of)
+    return lo * best, hi * best
+
+
+def best_clip(fmt: NumberFormat, candidates: int, loss: Callable[[float], float]) -> float:
+    """The share of the min-max range with the least loss, among evenly spaced ones; the widest of equals.
+
+    Args:
+        fmt: Its bits say how narrow clips may be.
+        candidates: How many shares; the first is the whole range.
+        loss: Of a share; called once for each.
+
+    Raises:
+        FormatError: If there are no candidates, or the loss is never a finite number.
+    """
+    if candidates < 1:
+        raise FormatError(f"there must be candidates to choose from, not {candidates}")
+    best, least = None, float("inf")
+    for share in torch.linspace(1.0, least_share(fmt), candidates).tolist():
+        value = loss(share)
         if value < least:
             best, least = share, value
     if best is None:
         raise FormatError("the loss was no finite number for any candidate")
-    return lo * best, hi * best
+    return float(best)
