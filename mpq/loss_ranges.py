@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 from itertools import accumulate
 
 from mpq.apply import InputQuantizer
-from mpq.bank import QuantizerBank, Range
+from mpq.bank import QuantizerBank
 from mpq.calibration import Batch, Calibration
 from mpq.errors import DataError, FormatError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.progress import progress_bar
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.loss_aware import best_clip
+from mpq.quantizers.loss_aware import best_clip, clip_shares
 from mpq.quantizers.ranges import loss_candidates
 from mpq.sensitivity.perturbation import float_recording, rise_meter
 from mpq.space import SearchSpace, layer_scheme
@@ -56,23 +56,32 @@ def choose_ranges(
     if candidates is None or not wanted:
         return 0.0
     batches = _first(data)
-    passes = [float_recording(view, batch) for batch in batches]
-    meters = [rise_meter(loss, p.output, batch) for p, batch in zip(passes, batches, strict=True)]
+    ends = {(x.name, fmt): bank.ends(x, fmt) for x, fmt in wanted}
+    rises = {(x.name, fmt): dict.fromkeys(clip_shares(fmt, candidates), 0.0) for x, fmt in wanted}
 
-    def rise(layer: LayerSpec, fmt: NumberFormat, ends: Range, share: float) -> float:
-        quantizer = InputQuantizer(fmt, (ends[0] * share, ends[1] * share), bank.basis(layer, fmt))
-        with view.hooked([view.layers[layer.name].register_forward_pre_hook(quantizer, with_kwargs=True)]):
-            return sum(float(meter(p.run([layer.name])).sum()) for p, meter in zip(passes, meters, strict=True))
+    def measured(batch: Batch) -> Iterator[None]:
+        start = float_recording(view, batch)
+        meter = rise_meter(loss, start.output, batch)
+        for layer, fmt in wanted:
+            module, (lo, hi), found = view.layers[layer.name], ends[layer.name, fmt], rises[layer.name, fmt]
+            for share in found:
+                quantizer = InputQuantizer(fmt, (lo * share, hi * share), bank.basis(layer, fmt))
+                with view.hooked([module.register_forward_pre_hook(quantizer, with_kwargs=True)]):
+                    found[share] += float(meter(start.run([layer.name])).sum())
+            yield
 
-    found: dict[tuple[str, NumberFormat], Range] = {}
-    for layer, fmt in progress_bar(wanted, "activation ranges by loss", progress):
-        lo, hi = bank.ends(layer, fmt)
+    steps = (step for batch in batches for step in measured(batch))  # one batch's outputs in memory at a time
+    for _ in progress_bar(steps, "activation ranges by loss", progress, len(batches) * len(wanted)):
+        pass
+    chosen = {}
+    for (name, fmt), found in rises.items():
         try:
-            share = best_clip(fmt, candidates, partial(rise, layer, fmt, (lo, hi)))
+            share = best_clip(fmt, candidates, found.__getitem__)
         except FormatError as error:
-            raise DataError(f"the input of layer {layer.name!r} in {fmt.name}: {error}") from None
-        found[layer.name, fmt] = lo * share, hi * share
-    bank.set_ranges(found)
+            raise DataError(f"the input of layer {name!r} in {fmt.name}: {error}") from None
+        lo, hi = ends[name, fmt]
+        chosen[name, fmt] = lo * share, hi * share
+    bank.set_ranges(chosen)
     return (1 + len(wanted) * candidates) * sum(b.size for b in batches) / data.num_samples
 
 

@@ -64,13 +64,23 @@ def best_clip(fmt: NumberFormat, candidates: int, loss: Callable[[float], float]
     Raises:
         FormatError: If there are no candidates, or the loss is never a finite number.
     """
-    if candidates < 1:
-        raise FormatError(f"there must be candidates to choose from, not {candidates}")
     best, least = None, float("inf")
-    for share in torch.linspace(1.0, least_share(fmt), candidates).tolist():
+    for share in clip_shares(fmt, candidates):
         value = loss(share)
         if value < least:
             best, least = share, value
     if best is None:
         raise FormatError("the loss was no finite number for any candidate")
     return float(best)
+
+
+def clip_shares(fmt: NumberFormat, candidates: int) -> list[float]:
+    """Evenly spaced shares of the min-max range, from the whole range down.
+
+    Raises:
+        FormatError: If there are none.
+    """
+    if candidates < 1:
+        raise FormatError(f"there must be candidates to choose from, not {candidates}")
+    shares: list[float] = torch.linspace(1.0, least_share(fmt), candidates).tolist()
+    return shares

@@ -72,6 +72,8 @@ def find_range(
     ``kl``                  histogram that changes least by rounding (TensorRT), see `entropy_range`
     ======================  =====================================================================================
 
+    Ranges of activations may also be found by ``loss`` or ``loss:N``, which looks at the whole network: `mpq.analyze`.
+
     Args:
         blocks: ``[blocks, elements]``.
         fmt: A format with scales. MX formats are scaled as OCP has it by ``mse`` as by ``minmax``.
