@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from mpq.calibration import Calibration
 from mpq.errors import DataError, FormatError
 from mpq.input_statistics import gather
-from mpq.kept_codes import effective_format
+from mpq.kept_codes import effective_format, naming_layer
 from mpq.layers import LayerGraph, LayerSpec
 from mpq.progress import progress_bar
 from mpq.quantizers import NumberFormat, Scheme
@@ -80,15 +79,6 @@ def feature_axis(module: nn.Module) -> int:
     return -1 - len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Put a layer's name before what is wrong with its format."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(f"layer {layer!r}: {error}") from None
-
-
 class WeightRounder:
     """Rounds the weights of a model's layers; what recipes want to know of the layers' inputs is gathered when needed.
 
@@ -120,7 +110,7 @@ class WeightRounder:
         fmt = effective_format(fmt, self._readers(weight))
         if fmt.recipe:
             return channels_first(module, self.stored(name, fmt).values().to(weight.dtype))
-        with _naming(name):
+        with naming_layer(name):
             return channels_first(module, fake_quantize(channels_first(module, weight), fmt, 0, self.method))
 
     def stored(self, name: str, fmt: NumberFormat) -> StoredWeight:
@@ -133,7 +123,7 @@ class WeightRounder:
         fmt = effective_format(fmt, self._readers(self.view.weight(name)))
         if fmt.plain_float:
             return StoredWeight(fmt, tuple(weight.shape), (), {})
-        with _naming(name):
+        with naming_layer(name):
             return round_weight(weight, fmt, self.method, self._statistics(name, fmt) if fmt.needs_data else None)
 
     def forget(self) -> None:
@@ -228,7 +218,7 @@ class QuantizerBank:
         if key not in self._weights and fmt.recipe:
             self._weights[key] = self._rounder(layer.name, fmt)
         elif key not in self._weights:
-            with _naming(layer.name):
+            with naming_layer(layer.name):
                 self._weights[key] = quantize(channels_first(module, weight), fmt, 0, self.weight_range)
         kept = self._weights[key]
         if isinstance(kept, QuantizedTensor):
@@ -354,7 +344,7 @@ class QuantizerBank:
         for layer in progress_bar(list(self.graph), "weights", progress):
             missing = [fmt for fmt in coded if (layer.storage, fmt) not in self._weights]
             weight = channels_first(self.view.layers[layer.name], self.view.weight(layer.name))
-            with _naming(layer.name):
+            with naming_layer(layer.name):
                 made = quantize_all(weight, missing, 0, self.weight_range)
             self._weights.update({(layer.storage, fmt): codes for fmt, codes in made.items()})
             for fmt in formats:

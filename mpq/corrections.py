@@ -167,7 +167,8 @@ def add_noise_bias(
         seed: Of the noise.
 
     Raises:
-        DataError: If there is no data.
+        GraphError: If the model has no layer with weights, or one of them holds NaN or infinity.
+        DataError: If there is no data, it does not fit the model, or it holds NaN or infinity.
     """
     noisy = copy.deepcopy(plain(quantized))
     rows: dict[str, list[Tensor]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,15 @@ from mpq.quantizers.stored import StoredWeight
 from mpq.view import channels_first, op_of, own_weight
 
 _ATTRIBUTE = "stored_weight"
+
+
+@contextmanager
+def naming_layer(layer: str) -> Iterator[None]:
+    """Put a layer's name before what is wrong with its format."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"layer {layer!r}: {error}") from None
 
 
 def effective_format(fmt: NumberFormat, readers: Iterable[nn.Module]) -> NumberFormat:
@@ -95,7 +105,8 @@ def codes_of(model: nn.Module, config: BitConfig, name: str) -> StoredWeight:
     """A layer's weight as it is stored: what a quantized model keeps, or what a float one is rounded to.
 
     Raises:
-        FormatError: If the model is float, and only calibration data can tell.
+        FormatError: Naming the layer, if the model is float, and only calibration data can tell or its weight can't be
+            rounded.
     """
     layer, choice = model.get_submodule(name), config[name]
     weight = own_weight(layer)
@@ -110,7 +121,8 @@ def codes_of(model: nn.Module, config: BitConfig, name: str) -> StoredWeight:
             f"layer {name!r} has {fmt.name}, whose codes depend on calibration data: pass "
             "model=mpq.quantize(model, config, calib=...), which keeps them"
         )
-    return round_weight(channels_first(layer, weight.detach()), fmt, config.provenance["weight_range"])
+    with naming_layer(name):
+        return round_weight(channels_first(layer, weight.detach()), fmt, config.provenance["weight_range"])
 
 
 def check_made_for(model: nn.Module, config: BitConfig) -> None:

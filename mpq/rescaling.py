@@ -241,6 +241,11 @@ def smooth(model: nn.Module, calib: Iterable[Any], *, alpha: float = 0.5, forwar
         calib: Calibration batches.
         alpha: How much of the difficulty moves from inputs to weights.
         forward: As for `mpq.allocate`.
+
+    Raises:
+        GraphError: If the model has no layer with weights, or one of them holds NaN or infinity.
+        DataError: If there is no data, it does not fit the model, or it or the input of a layer behind a norm holds NaN
+            or infinity.
     """
     smoothed = copy.deepcopy(plain(model))
     readers: dict[nn.Module, dict[str, nn.Linear]] = {}

@@ -7,7 +7,8 @@ from torch import nn
 
 import mpq
 from mpq.corrections import add_noise_bias, correct_bias, equalize, layer_pairs, reestimate_batch_norm, smooth
-from mpq.errors import ConfigError, DataError, GraphError
+from mpq.errors import ConfigError, DataError, FormatError, GraphError
+from mpq.quantizers.equalization import noise_bias
 
 
 class Net(nn.Module):
@@ -62,6 +63,28 @@ def test_corrections_want_data_and_the_same_float_model():
     other = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
     with pytest.raises(ConfigError, match=r"not the float model: it has no layer 'a' with a weight \[8, 3, 3, 3\]"):
         correct_bias(rounded, other, [x])
+
+
+@pytest.mark.parametrize("correct", [smooth, add_noise_bias])
+def test_corrections_say_what_is_wrong_with_data_and_models(correct):
+    net, x = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 5)), inputs(4, 6)
+    with pytest.raises(DataError, match="the data is empty"):
+        correct(net, [])
+    with pytest.raises(DataError, match="a batch must be a tensor"):
+        correct(net, ["text"])
+    with pytest.raises(DataError, match="batch 0 of the data holds NaN or infinity"):
+        correct(net, [x / 0])
+    with pytest.raises(GraphError, match="no quantizable layer"):
+        correct(nn.Sequential(nn.LayerNorm(6)), [x])
+    net[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(GraphError, match="the weight of layer '1' holds NaN"):
+        correct(net, [x])
+
+
+def test_noise_wants_one_scale_and_a_range_with_zero():
+    for name, lo, hi in (("int4", -1.0, 1.0), ("kmeans_3:tensor", -1.0, 1.0), ("int4:tensor", 1.0, 2.0)):
+        with pytest.raises(FormatError, match=r"no single scale|no scale times a grid|a range must hold zero"):
+            noise_bias(inputs(4, 6), mpq.NumberFormat.parse(name), lo, hi)
 
 
 class Tokens(nn.Module):

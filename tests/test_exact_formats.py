@@ -2,18 +2,18 @@
 
 import math
 from fractions import Fraction
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from random_tensors import MINIFLOATS
 
 from mpq import NumberFormat
 from mpq.quantizers import dequantize, fake_quantize, quantize
-from mpq.quantizers.grids import IntGrid, grid_of
+from mpq.quantizers.grids import FloatGrid, IntGrid, grid_of
 from mpq.quantizers.packing import pack, to_parts, unpack
 from mpq.quantizers.scales import scale_and_zero
-from mpq.quantizers.tensors import quantize_dequantize_
+from mpq.quantizers.tensors import round_elements
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,8 @@ def ml_dtypes():
 
 BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
 BF16 = BF16[BF16.isfinite()]
+FP16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+FP16 = FP16[FP16.isfinite()]
 MX_ELEMENTS = {  # name -> largest power of two, OCP MX v1.0 tables 2 to 6
     "mxfp8_e4m3": 8,
     "mxfp8_e5m2": 15,
@@ -87,20 +89,77 @@ def test_minifloats_are_those_of_ml_dtypes(ml_dtypes, name, dtype):
     np.testing.assert_array_equal(fake_quantize(BF16, fmt).numpy(), expected)
 
 
-@pytest.mark.parametrize(
-    "name", [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 8) for m in range(8) if 3 <= 1 + e + m <= 8 and e + m < 8]
-)
+@pytest.mark.parametrize("name", MINIFLOATS)
 def test_every_minifloat_is_rounded_to_nearest(name):
-    """The slow twin: neighbours by bisection in float64, ties to the even code; upwards where there is no mantissa."""
+    """The slow twin in float64: neighbours by bisection, ties to the even code; upwards where there is no mantissa.
+
+    Of every number in half precision, of every tie, and of float32's numbers beside it.
+    """
     fmt = NumberFormat.parse(f"{name}:raw")
-    grid = [v for v in levels(f"{name}:raw") if v >= 0]
-    middles = np.array([(a + b) / 2 for a, b in pairwise(grid)])
-    size = BF16.abs().double().numpy()
+    sizes = np.array([v for v in levels(f"{name}:raw") if v >= 0])
+    middles = (sizes[1:] + sizes[:-1]) / 2
+    ties = torch.from_numpy(middles).float()
+    assert (ties.double().numpy() == middles).all()
+    near = [ties, -ties, torch.nextafter(ties, ties * 0), torch.nextafter(-ties, ties * 4)]
+    x = torch.cat([BF16, FP16, *near])
+    size = x.abs().double().numpy()
     below, above = np.searchsorted(middles, size, "left"), np.searchsorted(middles, size, "right")
     even = np.where((below % 2 == 0) if fmt.mantissa else (below == 0), below, above)
-    expected = np.copysign(np.array(grid)[even], BF16.double().numpy())
-    np.testing.assert_array_equal(fake_quantize(BF16.double(), fmt).numpy(), expected)
-    np.testing.assert_array_equal(fake_quantize(BF16, fmt).numpy(), expected.astype(np.float32))
+    expected = np.copysign(sizes[even], x.double().numpy())
+    np.testing.assert_array_equal(fake_quantize(x.double(), fmt).numpy(), expected)
+    np.testing.assert_array_equal(fake_quantize(x, fmt).numpy(), expected.astype(np.float32))
+    np.testing.assert_array_equal(dequantize(quantize(x, fmt)).numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", MINIFLOATS)
+def test_values_of_minifloats_are_those_of_the_formula(name):
+    """OCP MX v1.0, section 5.3: an exponent of zero has no implicit one. Code by code, in Python's numbers."""
+    fmt = NumberFormat.parse(name)
+    bias, half, ones = 2 ** (fmt.exponent - 1) - 1, 2 ** (fmt.bits - 1), 2**fmt.mantissa
+    reserved = {"fp8_e4m3": 1, "fp8_e5m2": 4}.get(name, ones if fmt.exponent == 8 else 0)
+    expected = []
+    for code in range(half - reserved):
+        field, fraction = divmod(code, ones)
+        expected.append(math.ldexp(fraction + ones * (field > 0), max(field, 1) - bias - fmt.mantissa))
+    grid = grid_of(fmt)
+    codes = torch.arange(len(expected), dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        assert grid.decode(codes, dtype).tolist() == expected
+        assert grid.decode(codes + half, dtype).tolist() == [-v for v in expected]
+        assert not grid.decode(codes[:1] + half, dtype).signbit()
+    assert (grid.low, grid.high) == (-expected[-1], expected[-1])
+    assert grid.values == (*(-v for v in expected[:0:-1]), *expected)
+    smallest = torch.uint8 if fmt.bits <= 8 else torch.int16 if fmt.bits < 16 else torch.int32
+    assert grid.encode(torch.zeros(1)).dtype == smallest
+
+
+@pytest.mark.parametrize(
+    ("exponent", "mantissa", "dtype"), [(5, 10, torch.float16), (8, 7, torch.bfloat16)], ids=["fp16", "bf16"]
+)
+@pytest.mark.parametrize("scale", [1.0, 0.0371, 2.0**-20])
+def test_minifloats_as_wide_as_torchs_are_torchs(exponent, mantissa, dtype, scale):
+    """Every code, and every number in half precision times a scale, as far as torch's type reaches."""
+    grid = FloatGrid(exponent, mantissa)
+    codes = torch.arange(2**15, dtype=torch.int32)
+    known = codes.to(torch.int16).view(dtype)
+    finite = known.isfinite()
+    values = grid.decode(codes, torch.float32)
+    assert torch.equal(values[finite], known[finite].float())
+    assert torch.equal(grid.encode(values[finite]), codes[finite])
+    x = torch.cat([BF16, FP16]) * scale
+    x = x[x.abs() <= torch.finfo(dtype).max]
+    for wide in (torch.float32, torch.float64):
+        rounded = grid.round_(x.to(wide))
+        assert torch.equal(rounded, x.to(dtype).to(wide))
+        assert torch.equal(grid.decode(grid.encode(rounded), wide), rounded)
+
+
+def test_what_is_no_number_stays_none():
+    for name in ("fp10_e5m4:raw", "fp12_e8m3", "fp9_e8m0"):
+        grid = grid_of(NumberFormat.parse(name))
+        found = grid.round_(torch.tensor([math.nan, math.inf, -math.inf, 3.4e38]))
+        assert found.isnan().tolist() == [True, False, False, False]
+        assert found[1:].tolist() == [grid.high, -grid.high, grid.high]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8, 16])
@@ -110,7 +169,7 @@ def test_integers_are_torchs_fake_quantization_bit_for_bit(bits, symmetric):
     for lo, hi in ((-1.0, 1.0), (-0.3, 7.1), (-1e-3, 2e-3), (0.0, 1e5)):
         scale, zero = scale_and_zero(torch.tensor(lo), torch.tensor(hi), fmt)
         expected = torch.fake_quantize_per_tensor_affine(BF16, scale, zero.int(), *fmt.levels)
-        assert torch.equal(quantize_dequantize_(BF16.clone(), scale, zero, fmt), expected)
+        assert torch.equal(round_elements(BF16, scale, zero, fmt), expected)
 
 
 @pytest.mark.parametrize("name", ["int3", "int4", "int8", "int4:asym", "int8:asym"])
@@ -284,7 +343,7 @@ def test_every_bfloat16_goes_to_the_nearest_level_of_a_table(name):
 
 CODES = [
     *TABLES,
-    *(f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 8) for m in range(8 - e) if e + m > 1),
+    *MINIFLOATS,
     *("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4"),
     *(f"int{bits}{sign}" for bits in range(1, 17) for sign in ("", ":asym")),
 ]

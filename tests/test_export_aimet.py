@@ -12,7 +12,7 @@ import mpq
 from mpq.errors import ExportError
 
 onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
-ort = pytest.importorskip("onnxruntime", reason="pip install 'mpq[export-onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install 'mpq[export-onnx]'")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from mpq.errors import ExportError
 from mpq.quantizers.scales import scale_and_zero
 
 onnx = pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
-ort = pytest.importorskip("onnxruntime", reason="pip install 'mpq[export-onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install 'mpq[export-onnx]'")
 
 
 @pytest.fixture(scope="module")

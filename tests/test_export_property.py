@@ -34,6 +34,7 @@ NAMES = [
     *("W2:g16:asym", "W8:g32", "W8A8", "W8A8:token", "W4A8", "W8A8:token:sym", "Wnvfp4", "Wmxfp4", "Wnf4", "W16"),
     *("Wfp8_e4m3", "Wfp8_e4m3Afp8_e4m3:token", "W4:g32:p2", "W7:g64", "W4:g32A8:token", "Wternary", "W8:tensor"),
     *("W4:tensor:p2A8:sym:p2", "W6:tensor:p2", "W3:tensor:p2", "W8Aint16", "W4:tensor:asymA8"),
+    *("Wfp10_e5m4", "Wfp12_e8m3A8"),
 ]
 ROUTED = {"vllm", "compressed-tensors", "mlx", "gptqmodel", "autoround", "modelopt", "llama.cpp"}
 EMBEDDINGS = ("mlx", "llama.cpp", "coreml", "onnx-qdq")

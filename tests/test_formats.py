@@ -100,6 +100,11 @@ def test_storage_counts_scales_and_zero_points(name, shape, axis, bits):
         (("mx", 4, "group:32", True, 3, 0, "e8m0"), "mx formats have no 4 bits with 3 of exponent"),
         (("nvfp", 4, "group:16", True, 1, 2, "e4m3"), "nvfp formats have no 4 bits with 1 of exponent"),
         (("int", 4, "channel", True, 2, 1), "only floats have exponent"),
+        (("float", 17, "channel", True, 5, 11), "minifloats have 3 to 16 bits, of which 1 to 8 .*, unlike fp17_e5m11"),
+        (("float", 16, "channel", True, 9, 6), "minifloats have 3 to 16 bits, of which 1 to 8 are exponent bits"),
+        (("float", 8, "channel", True, 0, 7), "minifloats have 3 to 16 bits, of which 1 to 8 are exponent bits"),
+        (("float", 8, "channel", True, 8, -1), "minifloats have 3 to 16 bits, of which 1 to 8 are exponent bits"),
+        (("float", 10, "channel", True, 5, 5), "a float of 5 exponent and 5 mantissa bits has no 10 bits"),
     ],
 )
 def test_widths_are_checked_however_a_format_is_made(arguments, message):
@@ -127,6 +132,15 @@ def test_one_format_has_one_name():
     assert NumberFormat.parse("int4:asym:g32:asym") == NumberFormat.parse("int4:g32:asym")
     with pytest.raises(FormatError, match="s16, s32"):
         NumberFormat.parse("int4:blue")
+    for name, plain in (("fp16_e5m10", "fp16"), ("fp16_e8m7", "bf16"), ("fp32_e8m23", "fp32")):
+        with pytest.raises(FormatError, match=f"{name} is {plain}, a cast without scales"):
+            NumberFormat.parse(f"{name}:tensor")
+
+
+@pytest.mark.parametrize("option", ["", ":raw", ":tensor", ":g8", ":g8:p2"])
+def test_nothing_is_gained_by_scaling_floats_of_float32s_range(option):
+    fmt = NumberFormat.parse(f"fp12_e8m3{option}")
+    assert (fmt.name, fmt.storage_bits((4, 10))) == ("fp12_e8m3", 480)
 
 
 def test_tensors_without_elements_have_no_bits_for_each():

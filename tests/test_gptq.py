@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from mpq import NumberFormat
 from mpq.errors import DataError, FormatError
 from mpq.quantizers import fake_quantize
-from mpq.quantizers.elements import element_scales, round_elements
+from mpq.quantizers.elements import element_scales
 from mpq.quantizers.gptq import gptq
 from mpq.quantizers.statistics import LayerStats
+from mpq.quantizers.tensors import round_elements
 
 FORMATS = [
     "int4",

@@ -82,6 +82,22 @@ def test_configs_with_new_formats_round_trip(small, tmp_path):
         assert torch.isfinite(mpq.quantize(net, cfg)(tokens)).all()
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    ["Wfp10_e5m4A8", "Wfp12_e8m3Afp12_e8m3", "Wfp16_e6m9:g8Afp9_e4m4:token", "Wfp9_e4m4:gptqA8", "W8Afp12_e5m6"],
+)
+def test_minifloats_of_any_width_are_chosen_stored_and_read_in_the_bytes_foretold(scheme, tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(24, 10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(6, 24)
+    cfg = mpq.allocate(net, x, "energy<=100%", [scheme], progress=False)
+    assert set(cfg.schemes().values()) == {scheme}
+    data = {"calib": x} if "gptq" in scheme else {}
+    expected = mpq.quantize(net, cfg, **data)
+    path = mpq.save_quantized(net, cfg, tmp_path / "a", **data)
+    assert packed_bytes(path) == mpq.packed_size(net, cfg)
+    assert same(mpq.load_quantized(net, path), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_types_come_back(dtype, tmp_path):
     net = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 3)).to(dtype)

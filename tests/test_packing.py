@@ -14,7 +14,8 @@ from mpq.quantizers.packing import from_parts, pack, pack_trits, to_parts, unpac
 
 FORMATS = """
     int1 int3 int4 int8 int11 int16 int2:asym int4:tensor int4:g3 int5:g16:asym int16:asym int4:b2x3 bfp4 int4:bipolar
-    fp5_e2m2 fp8_e4m3 fp8_e5m2:g8 fp6_e2m3:raw fp4_e2m1:g8:p2 mxfp4 mxfp6_e3m2 mxfp8_e5m2 mxint8 nvfp4 nf4:g64 fp4_bnb
+    fp5_e2m2 fp8_e4m3 fp8_e5m2:g8 fp6_e2m3:raw fp4_e2m1:g8:p2 fp9_e4m4 fp10_e5m4:g8
+    fp12_e8m3 fp16_e6m9:tensor mxfp4 mxfp6_e3m2 mxfp8_e5m2 mxint8 nvfp4 nf4:g64 fp4_bnb
     pow2_3 post_4 log2_4 ternary ternary:g7 binary int8:token int4:token:asym
     """.split()  # noqa: SIM905
 OWN = "kmeans_3 kmeans_2:g8 nupes_4 nupes_3:g8 pvq_2:g4 int4:nested int1:nested int8:cross int4:g8:progressive"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tensors import tensor
 
 from mpq import NumberFormat
 from mpq.errors import DataError, FormatError
@@ -19,10 +20,6 @@ formats = st.builds(
     st.booleans(),
 )
 methods = st.sampled_from(["mse", "minmax", "percentile:99"])
-
-
-def tensor(seed, shape=(5, 4, 3), dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @settings(max_examples=80, deadline=None)

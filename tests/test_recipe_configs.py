@@ -14,6 +14,7 @@ from mpq.calibration import Calibration
 from mpq.config import load
 from mpq.errors import ConfigError, FormatError
 from mpq.input_statistics import gather
+from mpq.kept_codes import codes_of
 from mpq.quantizers.recipes import apply_recipe
 from mpq.testing import prepared
 from mpq.trace import trace
@@ -175,3 +176,12 @@ def test_store_tells_data_apart(tmp_path):
     run(calib[:1], "W3,W3:gptq", store=tmp_path)
     again = run(calib, "W3,W3:gptq", store=tmp_path)
     assert (again == run(calib, "W3,W3:gptq")).all()
+
+
+def test_weights_too_large_for_their_format_are_refused_by_the_layers_name():
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double(), inputs(8, 6).double()
+    config = mpq.allocate(net, x, "avg_bits<=4", "W4", progress=False)
+    net[1].weight.data *= 1e300
+    assert codes_of(net, config, "0").fmt.name == "int4"
+    with pytest.raises(FormatError, match="layer '1': scales of int4 are stored in fp32"):
+        codes_of(net, config, "1")

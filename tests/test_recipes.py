@@ -152,7 +152,10 @@ def test_what_float16_holds_is_kept():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["int3", "int3:asym", "nf4", "fp4_e2m1", "pow2_3", "int2:bipolar"]), st.integers(0, 99))
+@given(
+    st.sampled_from(["int3", "int3:asym", "nf4", "fp4_e2m1", "fp10_e5m4", "fp12_e8m3", "pow2_3", "int2:bipolar"]),
+    st.integers(0, 99),
+)
 def test_neighbours_enclose_and_are_values_of_the_format(name, seed):
     fmt, x = parse(name), drawn(4, 30, seed=seed)
     scale, zero = element_scales(x, fmt)

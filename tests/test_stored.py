@@ -17,7 +17,7 @@ parse = NumberFormat.parse
 SHAPE = 6, 8, 3
 SCALAR = """
     int4 int3:asym int3:g5 int4:g8:asym int2:tensor int8:b4x3 int4:bipolar int1 int16 nf4 nvfp4 mxfp4 mxint8
-    fp8_e4m3:raw fp4_e2m1:g8:p2 pow2_3 post_4 ternary binary
+    fp8_e4m3:raw fp4_e2m1:g8:p2 fp10_e5m4 fp12_e8m3 fp16_e4m11:g8 pow2_3 post_4 ternary binary
     """.split()  # noqa: SIM905
 OTHERS = "kmeans_2 nupes_3 pvq_2:g4 int8:cross int4:nested int4:g8:progressive".split()  # noqa: SIM905
 # Any format takes these; the others round to a grid.

@@ -16,12 +16,12 @@ from mpq.input_statistics import gather
 from mpq.packed import packed_bytes
 from mpq.quantizers import dequantize, fake_quantize
 from mpq.quantizers.clips import least_share
-from mpq.quantizers.elements import round_elements
 from mpq.quantizers.gptq import gptq
 from mpq.quantizers.recipes import apply_recipe, round_weight
 from mpq.quantizers.scales import scale_and_zero
 from mpq.quantizers.statistics import LayerStats
 from mpq.quantizers.stored import from_parts, layout, to_parts
+from mpq.quantizers.tensors import round_elements
 from mpq.testing import prepared
 from mpq.view import channels_first
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpq.quantizers.elements import element_scales, neighbours, round_elements
+from mpq.quantizers.elements import element_scales, neighbours
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.statistics import LayerStats
-from mpq.quantizers.tensors import QuantizedTensor
+from mpq.quantizers.tensors import QuantizedTensor, round_elements
 
 _STEPS = 200
 _LOOK = 10  # steps between two looks at what rounding gives

@@ -30,7 +30,7 @@ def compiled(fmt: NumberFormat) -> Rounding | None:
         fmt: A format that is a scale times a grid, with scales in float32 or float16.
     """
     grid = grid_of(fmt)
-    many = isinstance(grid, TableGrid) and not isinstance(grid, FloatGrid) and len(grid.values) > _MOST_LEVELS
+    many = isinstance(grid, TableGrid) and len(grid.values) > _MOST_LEVELS
     if many or fmt.scale not in ("fp32", "fp16"):
         return None
     middles = {dtype: _middles(grid, dtype) for dtype in (torch.float32, torch.float64)}

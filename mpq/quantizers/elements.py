@@ -8,7 +8,7 @@ from torch import Tensor
 from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.grids import IntGrid, TableGrid, grid_of
+from mpq.quantizers.grids import FloatGrid, IntGrid, TableGrid, grid_of
 from mpq.quantizers.tensors import CODERS, QuantizedTensor, quantize
 
 
@@ -42,11 +42,6 @@ def element_scales(
     return spread(q.scale), None if fmt.symmetric else spread(q.zero_point)
 
 
-def round_elements(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:
-    """The nearest values of a format whose scale and zero point are known for each element."""
-    return grid_of(fmt).round_(x * (1 / scale), zero).mul_(scale)
-
-
 def neighbours(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     """The values of a format below and above each element, in its own units; beyond the ends both are the end."""
     grid, units = grid_of(fmt), x * (1 / scale)
@@ -55,7 +50,7 @@ def neighbours(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat)
         ends = grid.first - offset, grid.last - offset
         low, high = (torch.clamp(v, *ends) for v in (units.floor(), units.floor() + 1))
     else:
-        assert isinstance(grid, TableGrid)
+        assert isinstance(grid, TableGrid | FloatGrid)
         levels = torch.tensor(grid.values, dtype=x.dtype, device=x.device)
         above = torch.bucketize(units, levels, right=True)
         low, high = levels[(above - 1).clamp(min=0)], levels[above.clamp(max=len(levels) - 1)]

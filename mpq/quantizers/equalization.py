@@ -103,6 +103,9 @@ def fake_quantize_noisy(x: Tensor, fmt: NumberFormat, lo: float, hi: float, nois
         lo: Lower end of the range.
         hi: Upper end.
         noise: Broadcasts to ``x``.
+
+    Raises:
+        FormatError: As `fake_quantize_static`.
     """
     return fake_quantize_static(x + noise, fmt, lo, hi) - noise
 
@@ -124,6 +127,9 @@ def noise_bias(
 
     Returns:
         ``[features]``; all zero where no noise helps.
+
+    Raises:
+        FormatError: As `fake_quantize_static`.
     """
     step = (hi - lo) / (2**fmt.bits - 1)
     drawn = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(seed)).to(rows) - 0.5

@@ -13,7 +13,8 @@ Examples of names::
     int4:g128:progressive   4 bits on top of 8 (QServe)
     int8:cross         a factor for each row and for each column (CrossQuant)
     int8:token         activations: one scale per row, found at run time
-    fp8_e4m3 fp6_e3m2 fp4_e2m1 fp5_e2m2     minifloats with a scale; ``:raw`` casts without one
+    fp8_e4m3 fp6_e3m2 fp4_e2m1 fp12_e5m6    minifloats of 3 to 16 bits with a scale; ``:raw`` casts without one, as do
+                       those of 8 exponent bits (fp12_e8m3), which have the range of fp32
     mxfp4 mxfp6_e3m2 mxfp8_e4m3 mxint8 nvfp4     OCP microscaling and NVIDIA's blocks of 16
     nf4 fp4_bnb        tables of levels (QLoRA, bitsandbytes)
     pow2_4 post_4      zero and signed powers of two, of the square root of two
@@ -38,7 +39,7 @@ from typing import Any
 
 from mpq.errors import FormatError
 from mpq.quantizers.legality import MX, ROUNDINGS, SCALE_BITS, VARIANTS, WIDTHS, check_format
-from mpq.quantizers.recipe_storage import axis_of, layout_bytes, matrix_of, recipe_layout, split_step
+from mpq.quantizers.recipe_storage import axis_of, kept_bytes, matrix_of, recipe_layout, split_step
 
 _FLOATS = {"fp32": (32, 8, 23), "fp16": (16, 5, 10), "bf16": (16, 8, 7)}
 _KINDS = {"granularity": "granularities", "scale": "types of scales", "symmetric": "signs", "variant": "variants"}
@@ -99,7 +100,7 @@ class NumberFormat:
     def __post_init__(self) -> None:
         if self.granularity.startswith("block:1x"):  # one thing, one name
             object.__setattr__(self, "granularity", self.granularity.replace("block:1x", "group:"))
-        if self.family == "float" and (self.bits, self.exponent, self.mantissa) in _FLOATS.values():
+        if self.family == "float" and (self.plain_float or self.exponent == 8):
             object.__setattr__(self, "granularity", "none")  # nothing is gained by scaling these
         if self.variant == "progressive":
             object.__setattr__(self, "symmetric", False)
@@ -152,9 +153,7 @@ class NumberFormat:
     @property
     def plain_float(self) -> bool:
         """A floating-point format of frameworks: fp32, fp16 or bf16."""
-        return (
-            self.family == "float" and self.bits > 8 and (self.bits, self.exponent, self.mantissa) in _FLOATS.values()
-        )
+        return self.family == "float" and (self.bits, self.exponent, self.mantissa) in _FLOATS.values()
 
     @cached_property
     def name(self) -> str:
@@ -275,7 +274,7 @@ def _recipe_bits(fmt: NumberFormat, shape: Sequence[int], channel_axis: int) -> 
     kept, wider = recipe_layout(fmt.recipe, channels, inputs, positions)
     plain = replace(fmt, recipe=())
     rounded = plain.storage_bits((channels, wider * positions))
-    bits = 8 * layout_bytes(kept) + rounded - plain.storage_bits((channels, inputs * positions))
+    bits = 8 * kept_bytes(kept) + rounded - plain.storage_bits((channels, inputs * positions))
     name, clusters = split_step(fmt.recipe[-1])
     if name == "split":  # codes are stored once, all else for each cluster
         bits += (clusters - 1) * (rounded - plain.element_bits(channels * wider * positions))
@@ -310,8 +309,11 @@ def _parse_base(base: str, name: str) -> NumberFormat:
     if base in _TABLES:
         table = base in ("nf4", "fp4_bnb")
         return NumberFormat("table" if table else base, _TABLES[base], variant=base if table else "")
-    if found := re.fullmatch(r"fp(\d)_e(\d)m(\d)", base):
-        return NumberFormat("float", int(found[1]), exponent=int(found[2]), mantissa=int(found[3]))
+    if found := re.fullmatch(r"fp([1-9]\d*)_e(\d+)m(\d+)", base):
+        fmt = NumberFormat("float", int(found[1]), exponent=int(found[2]), mantissa=int(found[3]))
+        if fmt.plain_float:
+            raise FormatError(f"{base} is {fmt.base}, a cast without scales ({name!r})")
+        return fmt
     if found := re.fullmatch(r"bfp(\d)", base):
         return NumberFormat("int", int(found[1]), "group:16", scale="e8m0")
     found = re.fullmatch(r"(int|[a-z]+2?_|post_)(\d+)", base)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mpq.errors import DataError
-from mpq.quantizers.elements import element_scales, round_elements
+from mpq.quantizers.elements import element_scales
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.statistics import LayerStats
-from mpq.quantizers.tensors import QuantizedTensor
+from mpq.quantizers.tensors import QuantizedTensor, round_elements
 
 _COLUMNS = 128  # between updates of all that is to come
 

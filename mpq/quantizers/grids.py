@@ -172,16 +172,42 @@ class FixedGrid(TableGrid):
 
 
 @dataclass(frozen=True)
-class FloatGrid(TableGrid):
-    """A minifloat: a table whose rounding is arithmetic, to nearest with ties to even; without mantissa bits upwards.
+class FloatGrid:
+    """A minifloat, rounded to nearest by arithmetic, with ties to even; without mantissa bits upwards.
+
+    All codes are numbers but the last ones of OCP's two 8-bit formats (NaN and infinity) and, with 8 exponent bits,
+    those of the last exponent, where bfloat16 and float32 have no numbers either.
 
     Attributes:
         exponent: Exponent bits.
         mantissa: Mantissa bits.
     """
 
-    exponent: int = 0
-    mantissa: int = 0
+    exponent: int
+    mantissa: int
+
+    @cached_property
+    def last(self) -> int:
+        """Code of the largest value; the same with a sign is that of the smallest one."""
+        reserved = {(4, 3): 1, (5, 2): 4}.get((self.exponent, self.mantissa), 0)
+        return self._sign - 1 - (1 << self.mantissa if self.exponent == 8 else reserved)
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """All values in rising order."""
+        rising = self.decode(torch.arange(self.last + 1, dtype=torch.int32), torch.float64)
+        return tuple(torch.cat([-rising[1:].flip(0), rising]).tolist())
+
+    @property
+    def low(self) -> float:
+        """See `Grid`."""
+        return -self.high
+
+    @cached_property
+    def high(self) -> float:
+        """See `Grid`."""
+        field, fraction = divmod(self.last, 1 << self.mantissa)
+        return math.ldexp(fraction + (1 << self.mantissa) * (field > 0), max(field, 1) - self._bias - self.mantissa)
 
     def round_(self, x: Tensor, zero: Tensor | None = None, *, clip: bool = True) -> Tensor:
         """See `Grid`; ties to even."""
@@ -194,45 +220,61 @@ class FloatGrid(TableGrid):
             # Adding and taking off 1.5 * 2**(stored - mantissa) times a number's power of two leaves its mantissa bits.
             power = scratch("powers", piece.numel(), x).view(piece.shape)
             torch.bitwise_and(piece.view(whole), mask, out=power.view(whole))
-            power.clamp_(min=2.0 ** (1 - _bias(self.exponent)))
-            times = 1.5 * 2.0 ** (stored - self.mantissa)
-            piece.add_(power, alpha=times).sub_(power, alpha=times)
+            power.clamp_(min=2.0 ** (1 - self._bias))
+            if self._overflows(x):
+                power.mul_(2.0**-self.mantissa)
+                piece.div_(power).round_().mul_(power)
+            else:
+                times = 1.5 * 2.0 ** (stored - self.mantissa)
+                piece.add_(power, alpha=times).sub_(power, alpha=times)
         return x
 
     def rounded(self, x: Tensor) -> Tensor:
-        """As `round_`, into a new tensor and without buffers, for compilers."""
+        """As `round_`, into a new tensor and without buffers, for compilers; not with as wide a range as float32's."""
         whole, mask, stored = _FIELDS[x.dtype]
         x = x.clamp(self.low, self.high)
-        power = (x.view(whole) & mask).view(x.dtype).clamp(min=2.0 ** (1 - _bias(self.exponent)))
+        power = (x.view(whole) & mask).view(x.dtype).clamp(min=2.0 ** (1 - self._bias))
         power = power * (1.5 * 2.0 ** (stored - self.mantissa))
         return (x + power) - power
 
     def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
         """See `Grid`."""
-        whole, stored, bias = (torch.int64, 52, 1023) if values.dtype == torch.float64 else (torch.int32, 23, 127)
+        whole, _, stored = _FIELDS[values.dtype]
         # Once the numbers are scaled so that the wider float's exponent field is ours, its leading bits are our code.
-        bits = (values * 2.0 ** (_bias(self.exponent) - bias)).view(whole)
-        low = (bits >> (stored - self.mantissa)).bitwise_and_((1 << (self.exponent + self.mantissa)) - 1)
-        sign = bits.bitwise_right_shift_(8 * whole.itemsize - 1).bitwise_and_(1 << (self.exponent + self.mantissa))
-        return low.bitwise_or_(sign).to(torch.uint8)
+        bits = (values * (1 / self._unit(values.dtype))).view(whole)
+        low = (bits >> (stored - self.mantissa)).bitwise_and_(self._sign - 1)
+        sign = bits.bitwise_right_shift_(8 * whole.itemsize - 1).bitwise_and_(self._sign)
+        return low.bitwise_or_(sign).to(_code_dtype(0, max(255, 2 * self._sign - 1)))
 
+    def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
+        """See `Grid`; zero with a sign is zero."""
+        whole, _, stored = _FIELDS[dtype]
+        top = 8 * whole.itemsize - 1
+        # The sign goes to the front, the rest to where the wider float has it; between them are copies of the sign.
+        kept = (1 << (stored + self.exponent)) - 1 - (1 << top)
+        found = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for piece, out in zip(torch.split(codes.flatten(), CACHED), torch.split(found.view(-1), CACHED), strict=True):
+            bits = out.view(whole).copy_(piece)
+            bits.bitwise_left_shift_(top - self.exponent - self.mantissa)
+            bits.bitwise_right_shift_(top - stored - self.exponent).bitwise_and_(kept)
+            out.mul_(self._unit(dtype)).add_(0.0)
+        return found
 
-def _bias(exponent: int) -> int:
-    return (1 << (exponent - 1)) - 1
+    @property
+    def _bias(self) -> int:
+        return (1 << (self.exponent - 1)) - 1
 
+    @property
+    def _sign(self) -> int:
+        return 1 << (self.exponent + self.mantissa)
 
-def _float_grid(exponent: int, mantissa: int) -> FloatGrid:
-    """All codes are numbers, but for the two 8-bit formats of OCP, whose last ones are NaN and infinity."""
-    signs = 1 << (exponent + mantissa)
-    reserved = {(4, 3): 1, (5, 2): 4}.get((exponent, mantissa), 0)
-    found = {}
-    for code in range(signs - reserved):
-        field, fraction = code >> mantissa, code % (1 << mantissa)
-        value = math.ldexp(fraction + (1 << mantissa) * (field > 0), max(field, 1) - _bias(exponent) - mantissa)
-        found[code] = value
-        if value:
-            found[code | signs] = -value
-    return FloatGrid(*_sorted(found), exponent, mantissa)
+    def _unit(self, dtype: torch.dtype) -> float:
+        """What a wider float that holds a code in its leading bits is to be multiplied by."""
+        return 2.0 ** ((1023 if dtype == torch.float64 else 127) - self._bias)
+
+    def _overflows(self, x: Tensor) -> bool:
+        """Whether sums with multiples of a power of two may, which are quicker than quotients."""
+        return self.exponent == 8 and x.dtype == torch.float32
 
 
 def _sorted(by_code: dict[int, float]) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -276,7 +318,7 @@ def grid_of(fmt: NumberFormat) -> Grid:
             return _evenly(range(1 - 2**fmt.bits, 2**fmt.bits, 2), 0.5 if fmt.bits > 1 else 1.0)
         return IntGrid(*fmt.levels)
     if fmt.family in ("float", "mx", "nvfp") and fmt.exponent:
-        return _float_grid(fmt.exponent, fmt.mantissa)
+        return FloatGrid(fmt.exponent, fmt.mantissa)
     if fmt.family == "mx":  # mxint8 has 6 bits after the point; OCP lets -2 be left out
         return FixedGrid(tuple(k / 64 for k in range(-127, 128)), tuple(k % 256 for k in range(-127, 128)), 64)
     if fmt.family == "table":

@@ -17,15 +17,15 @@ from mpq.errors import FormatError
 from mpq.quantizers.blocks import from_blocks, scratch, weighted_blocks, work_dtype
 from mpq.quantizers.compiled import blocks_alike, compiled
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.grids import FloatGrid, TableGrid, grid_of
+from mpq.quantizers.grids import TableGrid, grid_of
 from mpq.quantizers.ranges import find_range, minmax_range
 from mpq.quantizers.recipe_storage import axis_of
 from mpq.quantizers.scales import outer_scale, refuse_larger, scale_and_zero
 
 FLOAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Elements at a time: 2 MiB of float32 beside a result as large. Half as many cost a tenth more in calls of torch.
-_CHUNK = 2**19
+# Elements at a time: 4 MiB of float32 beside a result as large. Half as many cost up to a tenth more in calls of torch.
+_CHUNK = 2**20
 # Elements of a block: making scales of smaller ones for each chunk costs more calls of torch than reading memory twice.
 _SMALL = 2**10
 
@@ -110,31 +110,46 @@ def quantize_rows(
     x: Tensor, formats: Sequence[NumberFormat], channel_axis: int, method: str, importance: Tensor | None
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Codes, scales, zero points and the factor in all scales of a tensor, for each of some formats; as above."""
-    found: list[list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = [[] for _ in formats]
+    written = [_Codes(x, fmt, channel_axis) for fmt in formats]
     with torch.no_grad():
         for part in scaled_rows(x, formats, channel_axis, method, importance):
-            fmt = formats[part.index]
-            grid, offset = grid_of(fmt), None if fmt.symmetric else part.zero
-            units = scratch("units", part.blocks.numel(), part.blocks).view(part.blocks.shape)
-            torch.mul(part.blocks, part.scale.reciprocal(), out=units)
-            if not isinstance(grid, TableGrid) or isinstance(grid, FloatGrid):
-                grid.round_(units, offset, clip=part.clip)
-            found[part.index].append((grid.encode(units, offset), part.scale, part.zero, part.outer))
-    return [_joined(parts, x, fmt) for parts, fmt in zip(found, formats, strict=True)]
+            written[part.index].add(part)
+    return [codes.joined() for codes in written]
 
 
-def _joined(
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], x: Tensor, fmt: NumberFormat
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if not parts:
-        nothing = torch.empty(0, 1, dtype=work_dtype(x), device=x.device)
-        return grid_of(fmt).encode(nothing), nothing, nothing, None
-    if len(parts) == 1:
-        return parts[0]
-    codes, scales, zeros, outers = zip(*parts, strict=True)
-    if fmt.granularity in ("tensor", "none"):
-        return torch.cat(codes, 1), scales[0], zeros[0], outers[0]
-    return torch.cat(codes), torch.cat(scales), torch.cat(zeros), outers[0]
+class _Codes:
+    """Codes of one format, in one tensor from the start: fresh memory for the parts, too, costs more than rounding."""
+
+    def __init__(self, x: Tensor, fmt: NumberFormat, channel_axis: int) -> None:
+        self.x, self.fmt, self.grid = x, fmt, grid_of(fmt)
+        self.blocks = None if fmt.granularity in ("tensor", "none") else fmt.num_scales(x.shape, channel_axis)
+        self.codes = self.grid.encode(x.new_empty(0, dtype=work_dtype(x)))
+        self.scales: list[tuple[Tensor, Tensor]] = []
+        self.outer: Tensor | None = None
+        self.done = 0
+
+    def add(self, part: Scaled) -> None:
+        """Round some rows."""
+        offset = None if self.fmt.symmetric else part.zero
+        units = scratch("units", part.blocks.numel(), part.blocks).view(part.blocks.shape)
+        torch.mul(part.blocks, part.scale.reciprocal(), out=units)
+        if not isinstance(self.grid, TableGrid):
+            self.grid.round_(units, offset, clip=part.clip)
+        if not self.done:
+            self.codes = self.codes.new_empty(self.x.numel() if self.blocks is None else self.blocks * units.shape[1])
+        self.codes[self.done : self.done + units.numel()] = self.grid.encode(units, offset).view(-1)
+        self.done += units.numel()
+        if self.blocks is not None or not self.scales:
+            self.scales.append((part.scale, part.zero))
+        self.outer = part.outer
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Codes ``[blocks, elements]``, scales, zero points and the factor in all scales."""
+        if not self.scales:
+            nothing = torch.empty(0, 1, dtype=work_dtype(self.x), device=self.x.device)
+            return self.codes.view(0, 1), nothing, nothing, None
+        scale, zero = (torch.cat(parts) for parts in zip(*self.scales, strict=True))
+        return self.codes.view(self.blocks or 1, -1), scale, zero, self.outer
 
 
 def arranged(x: Tensor, fmt: NumberFormat, channel_axis: int) -> Tensor:

@@ -47,8 +47,9 @@ def check_format(fmt: NumberFormat) -> None:
     _check_width(fmt)
     if fmt.family == "float" and fmt.bits != 1 + fmt.exponent + fmt.mantissa:
         raise FormatError(f"a float of {fmt.exponent} exponent and {fmt.mantissa} mantissa bits has no {fmt.bits} bits")
-    if fmt.family == "float" and not fmt.plain_float and not (3 <= fmt.bits <= 8 and fmt.exponent >= 1):
-        raise FormatError("minifloats have 3 to 8 bits with at least one exponent bit, unlike fp16 and bf16")
+    minifloat = 3 <= fmt.bits <= 16 and 1 <= fmt.exponent <= 8 and fmt.mantissa >= 0
+    if fmt.family == "float" and not fmt.plain_float and not minifloat:
+        raise FormatError(f"minifloats have 3 to 16 bits, of which 1 to 8 are exponent bits, unlike {fmt.base}")
     if fmt.granularity == "none" and fmt.family != "float":
         raise FormatError(f"only floats can do without a scale, not {fmt.base}")
     if not fmt.symmetric and fmt.family != "int":

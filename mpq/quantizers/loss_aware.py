@@ -13,7 +13,7 @@ from mpq.quantizers.clips import least_share
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import minmax_range
 from mpq.quantizers.scales import outer_scale, scale_and_zero
-from mpq.quantizers.tensors import block_axis, check_scaled, quantize_dequantize_
+from mpq.quantizers.tensors import block_axis, check_scaled, round_elements
 
 
 def loss_aware_range(
@@ -29,7 +29,7 @@ def loss_aware_range(
         fmt: A format that is a scale times a grid.
         loss: What is to be least, of the rounded tensor (shape and dtype of ``x``). It is called once for each
             candidate: with predictions over the calibration data, that is as many forward passes.
-        candidates: How many evenly spaced clips; the last is the whole range.
+        candidates: How many evenly spaced clips; the first is the whole range.
         channel_axis: The output-channel axis of ``x``.
 
     Returns:
@@ -46,7 +46,7 @@ def loss_aware_range(
 
     def loss_of(share: float) -> float:
         scale, zero = scale_and_zero(lo * share, hi * share, fmt, outer)
-        rounded = quantize_dequantize_(blocks.clone(), scale, zero, fmt)
+        rounded = round_elements(blocks, scale, zero, fmt)
         return float(loss(from_blocks(rounded, tuple(x.shape), axis, *(fmt.block or (1, 0))).to(x.dtype)))
 
     best = best_clip(fmt, candidates, loss_of)

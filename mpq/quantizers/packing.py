@@ -260,13 +260,14 @@ def _read_scale(stored: Tensor, fmt: NumberFormat, outer: Tensor | None, dtype: 
 def _check_codes(codes: Tensor, fmt: NumberFormat) -> None:
     """Refuse codes that stand for no value, such as the NaN of fp8."""
     grid = grid_of(fmt)
-    if not isinstance(grid, TableGrid) or len(grid.codes) == 2**fmt.bits:
-        return
-    known = torch.zeros(2**fmt.bits, dtype=torch.bool, device=codes.device)
-    known[list(grid.codes)] = True
     if isinstance(grid, FloatGrid):
-        known[2 ** (fmt.bits - 1)] = True  # zero with a sign
-    found = known[codes.int()]
+        found = codes.int() & (2 ** (fmt.bits - 1) - 1) <= grid.last
+    elif isinstance(grid, TableGrid) and len(grid.codes) < 2**fmt.bits:
+        known = torch.zeros(2**fmt.bits, dtype=torch.bool, device=codes.device)
+        known[list(grid.codes)] = True
+        found = known[codes.int()]
+    else:
+        return
     if not bool(found.all()):
         raise FormatError(f"codes holds {int(codes[~found][0])}, which {fmt.base} does not have")
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from mpq.errors import FormatError
 
-# Name of a part -> its data type and shape.
-Layout = dict[str, tuple[str, tuple[int, ...]]]
+# Name of a part beside the codes -> its data type and shape.
+KeptParts = dict[str, tuple[str, tuple[int, ...]]]
 _BYTES = {"float16": 2, "int32": 4, "uint8": 1}
 
 
@@ -36,7 +36,7 @@ def matrix_of(shape: Sequence[int], channel_axis: int = 0) -> tuple[int, int, in
     return (shape[channel_axis] if shape else 1), (rest[0] if rest else 1), math.prod(rest[1:])
 
 
-def recipe_layout(recipe: Sequence[str], channels: int, inputs: int, positions: int) -> tuple[Layout, int]:
+def recipe_layout(recipe: Sequence[str], channels: int, inputs: int, positions: int) -> tuple[KeptParts, int]:
     """Parts of a weight beside its codes, and the input channels that are left to round.
 
     Args:
@@ -45,7 +45,7 @@ def recipe_layout(recipe: Sequence[str], channels: int, inputs: int, positions: 
         inputs: Its input channels.
         positions: Neighbouring columns that belong to one of them.
     """
-    found: Layout = {}
+    found: KeptParts = {}
     for step in recipe:
         name, number = split_step(step)
         columns = inputs * positions
@@ -72,6 +72,6 @@ def cluster_bits(clusters: int) -> int:
     return (clusters - 1).bit_length()
 
 
-def layout_bytes(layout: Layout) -> int:
+def kept_bytes(kept: KeptParts) -> int:
     """Bytes of all parts."""
-    return sum(_BYTES[kind] * math.prod(shape) for kind, shape in layout.values())
+    return sum(_BYTES[kind] * math.prod(shape) for kind, shape in kept.values())

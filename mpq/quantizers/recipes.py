@@ -259,7 +259,8 @@ def _ocs(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | N
     share = torch.ones_like(weight[0]).index_fill(0, split, 0.5)
     halved, stats = (weight * share)[:, columns], None if stats is None else stats.taken(columns)
     if setting.fmt.family == "int":
-        # Halves that differ by half a step round to what the whole would, and not twice to the same side.
+        # Halves that differ by half a step round to what the whole would, and not twice to the same side. As they move
+        # the range, by up to a quarter of it in small groups, the rest searches its own.
         nearest = setting.nearest(halved, stats)
         quarter = element_scales(halved, setting.fmt, setting.method, nearest)[0][:, weight.shape[1] :] / 4
         halved[:, split] -= quarter

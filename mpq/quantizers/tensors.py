@@ -272,9 +272,9 @@ def _empty(x: Tensor, fmt: NumberFormat) -> QuantizedTensor:
     return QuantizedTensor(none.to(torch.uint8), none, none, fmt, tuple(x.shape), 0, codebook=codebook)
 
 
-def quantize_dequantize_(x: Tensor, scale: Tensor, zero: Tensor, fmt: NumberFormat) -> Tensor:
-    """Round ``x`` to the nearest value of a format, in place; scale and zero broadcast to it."""
-    return grid_of(fmt).round_(x.mul_(1 / scale), None if fmt.symmetric else zero).mul_(scale)
+def round_elements(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:
+    """The nearest values of a format whose scale and zero point, if it has one, are known; both broadcast to ``x``."""
+    return grid_of(fmt).round_(x * (1 / scale), None if fmt.symmetric else zero).mul_(scale)
 
 
 def cast(x: Tensor, fmt: NumberFormat) -> Tensor:
@@ -294,7 +294,7 @@ def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> 
         hi: Upper end, at least 0.
 
     Raises:
-        FormatError: If the format has other scales, or the range does not hold zero.
+        FormatError: If the format is no scale times a grid or has several scales, or the range does not hold zero.
     """
     if fmt.granularity == "none":
         return cast(x, fmt)
@@ -305,7 +305,7 @@ def fake_quantize_static(x: Tensor, fmt: NumberFormat, lo: float, hi: float) -> 
         raise FormatError(f"a range must hold zero, unlike {lo} to {hi}")
     ends = torch.tensor([lo, hi], dtype=work_dtype(x), device=x.device)
     scale, zero = scale_and_zero(ends[0], ends[1], fmt)
-    return quantize_dequantize_(x.to(ends.dtype, copy=True), scale, zero, fmt).to(x.dtype)
+    return round_elements(x.to(ends.dtype), scale, zero, fmt).to(x.dtype)
 
 
 def fake_quantize_dynamic(x: Tensor, fmt: NumberFormat, feature_axis: int = -1) -> Tensor:

@@ -1,9 +1,17 @@
-"""Formats that are more than a scale times a grid, and tensors of seeded random numbers to round to them."""
+"""Lists of formats, and tensors of seeded random numbers to round to them."""
 
 from __future__ import annotations
 
 import torch
 
+# Every one that is no plain cast.
+MINIFLOATS = [
+    f"fp{1 + e + m}_e{e}m{m}"
+    for e in range(1, 9)
+    for m in range(15)
+    if 3 <= 1 + e + m <= 16 and (e, m) not in ((5, 10), (8, 7))
+]
+# More than a scale times a grid.
 CODED = [
     *("kmeans_1", "kmeans_3", "kmeans_4:tensor", "kmeans_3:g8", "kmeans_5", "kmeans_2:b2x4"),
     *("nupes_2", "nupes_4", "nupes_3:g8", "nupes_8:tensor", "nupes_4:g8:p2"),
