@@ -25,6 +25,7 @@ from mpq.export.runtimes import Runtime, find_runtime
 from mpq.frontier import Frontier
 from mpq.kept_codes import refuse_quantized
 from mpq.layers import LayerGraph
+from mpq.loss_ranges import choose_ranges
 from mpq.losses import OutputLoss, UserLoss, check_finite_output, resolve_loss
 from mpq.quantizers import Scheme, parse_schemes
 from mpq.search import Solver
@@ -85,7 +86,9 @@ def analyze(
         share_inputs: Whether layers that read one tensor must share a scheme; None: where activation formats are
             searched too, since the tensor is quantized once.
         weight_range: Range rule of weights, see `mpq.quantizers.find_range`.
-        activation_range: Range rule of activations.
+        activation_range: Range rule of activations; or ``loss``: the clip of each layer's input, out of 8 (``loss:N``:
+            out of N), after which the protected loss rises least (PD-Quant, see `mpq.loss_ranges`). For each layer and
+            activation format that costs as many forward passes over 64 samples, the last part of them.
         max_samples: Use at most about this many samples (whole batches); None takes all.
         forward: ``(model, batch) -> output`` where batches are not what the model's ``forward`` takes.
         runtime: Name in `mpq.export.RUNTIMES`, such as ``"vllm"``: only what that tool can load is searched.
@@ -127,6 +130,7 @@ def analyze(
         shelf = None if store is None else open_store(store, model, forward, data, graph, bank, resolved)
         bank.prepare(space.schemes, progress)
         bank.observe(data, progress)
+        passes = bank.passes + choose_ranges(view, space, data, bank, resolved, progress)
         run = partial(estimate, view, space, data, bank, resolved, seed=seed, progress=progress)
         table = stored(run, dict(estimator_options or {}), shelf, data=data.hash, space=space, seed=seed)
         gate = check(table, space)
@@ -143,7 +147,7 @@ def analyze(
         "estimator": name,
         "loss": resolved.name,
         # For activation ranges and for weights that are rounded with an eye to their inputs, then the estimator's own.
-        "forward_passes": round(1 + bank.passes + float(table.provenance.get("forward_passes", 0.0)), 2),
+        "forward_passes": round(1 + passes + float(table.provenance.get("forward_passes", 0.0)), 2),
         "weight_range": weight_range,
         "activation_range": activation_range,
         "device": found_device.name,

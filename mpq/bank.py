@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpq.progress import progress_bar
 from mpq.quantizers import NumberFormat, Scheme
 from mpq.quantizers.basis import InputBasis
 from mpq.quantizers.observers import ActivationObserver
-from mpq.quantizers.ranges import parse_range_method
+from mpq.quantizers.ranges import loss_candidates, parse_range_method
 from mpq.quantizers.recipes import round_weight
 from mpq.quantizers.statistics import LayerStats
 from mpq.quantizers.stored import StoredWeight
@@ -157,7 +157,7 @@ class QuantizerBank:
         view: The model.
         graph: Its layers.
         weight_range: Range rule of weights, see `mpq.quantizers.find_range`.
-        activation_range: Range rule of activations.
+        activation_range: Range rule of activations. By ``loss`` and ``loss:N`` the bank has those that it is given.
         data: Calibration data, for weight formats with recipes that look at the layers' inputs (``int4:gptq``).
         progress: Show a bar for the pass over them.
 
@@ -175,7 +175,8 @@ class QuantizerBank:
         progress: bool = True,
     ) -> None:
         parse_range_method(weight_range)
-        parse_range_method(activation_range)
+        if loss_candidates(activation_range) is None:
+            parse_range_method(activation_range)
         self.view, self.graph = view, graph
         self.weight_range, self.activation_range = weight_range, activation_range
         self._rounder = WeightRounder(view, weight_range, data, progress)
@@ -263,24 +264,49 @@ class QuantizerBank:
         """Calibrated range of a layer's input for a format that needs one, else None.
 
         Raises:
-            FormatError: If the input has negative numbers and the format has none.
+            FormatError: If the input has negative numbers and the format has none, or ranges are chosen by loss, but
+                this one was not.
         """
         if fmt is None:
             return None
+        self._check_sign(layer, fmt)
+        if not fmt.calibrated:
+            return None
+        key = (layer.name, fmt)
+        if key not in self._ranges:
+            if loss_candidates(self.activation_range) is not None:
+                raise FormatError(
+                    f"no range by loss was chosen for the input of layer {layer.name!r} in {fmt.name}; mpq.analyze "
+                    "chooses them, and QuantizerBank.set_ranges takes them"
+                )
+            self._ranges[key] = self._observer(layer, fmt).range(fmt, self.activation_range)
+        return self._ranges[key]
+
+    def ends(self, layer: LayerSpec, fmt: NumberFormat) -> Range:
+        """Smallest and largest number in a layer's input, or zero, in the basis that a format rounds it in.
+
+        Raises:
+            FormatError: If the input has negative numbers and the format has none.
+        """
+        self._check_sign(layer, fmt)
+        return self._observer(layer, fmt).range(fmt, "minmax")
+
+    def set_ranges(self, found: Mapping[tuple[str, NumberFormat], Range]) -> None:
+        """Take ranges of layers' inputs that were chosen elsewhere; they hold until data is observed again."""
+        self._ranges |= found
+
+    def _check_sign(self, layer: LayerSpec, fmt: NumberFormat) -> None:
         watched = self._observers.get((layer.name, fmt.recipe))
         if fmt.family == "log2" and watched is not None and watched.lo < 0:
             raise FormatError(
                 f"layer {layer.name!r}: {fmt.name} has no negative numbers, but the layer's input has: {watched.lo:.3g}"
             )
-        if not fmt.calibrated:
-            return None
-        key = (layer.name, fmt)
-        if key not in self._ranges:
-            if (layer.name, fmt.recipe) not in self._observers:
-                assert self._observed is not None
-                self._observe(self._observed, fmt.recipe, progress=False)
-            self._ranges[key] = self._observers[layer.name, fmt.recipe].range(fmt, self.activation_range)
-        return self._ranges[key]
+
+    def _observer(self, layer: LayerSpec, fmt: NumberFormat) -> ActivationObserver:
+        if (layer.name, fmt.recipe) not in self._observers:
+            assert self._observed is not None
+            self._observe(self._observed, fmt.recipe, progress=False)
+        return self._observers[layer.name, fmt.recipe]
 
     def basis(self, layer: LayerSpec, fmt: NumberFormat | None) -> InputBasis | None:
         """What a layer's inputs are rounded in; None: as they are."""

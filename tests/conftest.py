@@ -96,11 +96,11 @@ def mixed():
     ``pick`` says which scheme the groups that hold the named layers have instead.
     """
 
-    def make(model, calib, schemes, *, pick=None, **options):
+    def make(model, calib, schemes, *, pick=None, weight_range="minmax", **options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of layers that a runtime leaves float
             analysis = mpq.analyze(
-                model, calib, schemes, estimator="weight_sqnr", weight_range="minmax", progress=False, **options
+                model, calib, schemes, estimator="weight_sqnr", weight_range=weight_range, progress=False, **options
             )
         space, chosen = analysis.space, []
         for i, (group, allowed) in enumerate(zip(space.groups, space.allowed, strict=True)):

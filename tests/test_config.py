@@ -23,6 +23,16 @@ def test_round_trip_is_exact(cfg, tmp_path):
     assert again["fc"].activation_range == cfg["fc"].activation_range
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [("absmean", "loss"), ("absmedian", "loss:20"), ("pnorm:1e1", "percentile:99.9"), ("mse:40", "kl")],
+)
+def test_configs_with_any_range_rule_load(cfg, tmp_path, weights, activations):
+    rules = {"weight_range": weights, "activation_range": activations}
+    again = mpq.load(replace(cfg, provenance={**cfg.provenance, **rules}).save(tmp_path / "bits.json"))
+    assert rules.items() <= again.provenance.items()
+
+
 def test_findings_of_the_sanity_gate_are_shown_in_one_line(cfg, tmp_path):
     def found(*names, kind="not_monotone", action="kept as measured"):
         return [{"group": n, "kind": kind, "message": "", "action": action} for n in names]

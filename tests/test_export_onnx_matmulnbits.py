@@ -1,5 +1,7 @@
 """Files of MatMulNBits that onnxruntime runs, against `mpq.quantize`; and what holds for both kinds of ONNX files."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -135,10 +137,13 @@ def test_weights_that_are_used_in_another_way_are_refused(mixed, tmp_path):
     np.testing.assert_allclose(run(tmp_path / "x.onnx", x), reference(model, config, x), atol=1e-5)
 
 
-@pytest.mark.parametrize(("tool", "scheme"), [("onnx-qdq", "W4:gptqA8"), ("onnx-matmulnbits", "W4:g32:rsq:gptq")])
+@pytest.mark.parametrize(
+    ("tool", "scheme"),
+    [("onnx-qdq", "W4:gptqA8"), ("onnx-qdq", "W4:weightedA8"), ("onnx-matmulnbits", "W4:g32:rsq:weighted:gptq")],
+)
 def test_codes_that_data_chose_are_written(tiny, mixed, tmp_path, tool, scheme):
     model, tokens = tiny
-    config = mixed(model, [tokens], scheme, runtime=tool)
+    config = mixed(model, [tokens], scheme, runtime=tool, weight_range="mse")
     with pytest.raises(ExportError, match=r"codes depend on calibration data: pass model=mpq.quantize\("):
         mpq.export(config, tool, tmp_path / "a.onnx", model, sample=tokens)
     quantized = mpq.quantize(model, config, calib=[tokens])
@@ -147,7 +152,8 @@ def test_codes_that_data_chose_are_written(tiny, mixed, tmp_path, tool, scheme):
         expected = quantized(tokens).numpy()
     tolerance = 1e-5 if config["head"].activation is None else 0.02  # inputs on the edge of two codes
     np.testing.assert_allclose(run(tmp_path / "a.onnx", tokens, "off"), expected, rtol=0, atol=tolerance)
-    nearest = mpq.quantize(model, mixed(model, [tokens], scheme.replace(":rsq", "").replace(":gptq", ""), runtime=tool))
+    plain = re.sub(":rsq|:weighted|:gptq", "", scheme)
+    nearest = mpq.quantize(model, mixed(model, [tokens], plain, runtime=tool, weight_range="mse"))
     assert not torch.equal(nearest.head.weight, quantized.head.weight)
     changed = mpq.quantize(model, config, calib=[tokens])
     changed.head.weight.data.mul_(2)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from grouped_layers import Grouped
 from random_tensors import inputs
 from torch import nn
 
@@ -18,24 +19,6 @@ from mpq.quantizers.recipes import apply_recipe
 from mpq.testing import prepared
 from mpq.trace import trace
 from mpq.view import ModelView, channels_first
-
-
-class Grouped(nn.Module):
-    """Convolutions in groups, transposed ones, and a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
-        self.grouped = nn.Conv2d(16, 24, 3, stride=2, groups=4)
-        self.up = nn.ConvTranspose2d(24, 12, 3, 2, groups=2)
-        self.fc = nn.Linear(12, 10)
-
-    def forward(self, x):
-        x = self.depthwise(self.first(x).relu()).relu()
-        x = self.up(self.grouped(x).relu()).relu()
-        return self.fc(x.mean((2, 3)))
 
 
 class Tied(nn.Module):
@@ -157,9 +140,10 @@ def test_ranges_are_those_of_the_data_that_was_observed_last():
     assert bank.range(layer, fmt) == pytest.approx((100 * lo, 100 * hi))
 
 
-def test_embeddings_are_rounded_to_nearest_unless_they_share_a_weight():
+@pytest.mark.parametrize("scheme", ["W3:gptq", "W3:weighted"])
+def test_embeddings_are_rounded_to_nearest_unless_they_share_a_weight(scheme):
     net, calib = Tied().eval(), [torch.arange(40).reshape(8, 5) % 30]
-    config = uniform(net, calib, "W3:gptq")
+    config = uniform(net, calib, scheme)
     rounded = mpq.quantize(net, config, calib=calib)
     plain = mpq.quantize(net, uniform(net, calib, "W3"))
     assert rounded.head.weight is rounded.tokens.weight

@@ -331,7 +331,7 @@ def test_smooth_scales_share_the_ranges_evenly():
 def test_awq_of_alpha_zero_changes_nothing_and_others_never_hurt():
     weight, stats = drawn(6, 32), stats_of(correlated())
 
-    def nearest(w):
+    def nearest(w, stats=None):
         return fake_quantize(w, parse("int3"))
 
     # With alpha = 0 the factors are one; inputs that are all alike have no better.

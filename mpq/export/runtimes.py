@@ -23,7 +23,7 @@ LLM_FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),  # latent attention
 )
 # Ways to round that leave nothing but codes and scales.
-_CODES_ONLY = {"stochastic", "adaround", "flexround", "adaquant", "gptq", "rsq"}
+_CODES_ONLY = {"stochastic", "adaround", "flexround", "adaquant", "gptq", "rsq", "weighted"}
 # Named in errors, where a runtime loads them.
 _COMMON = (
     *("W8", "W4", "W8:g32", "W4:g32", "W4:g64", "W2:g32", "W4:g32:asym", "W3:g16", "W6:g16", "W8:tensor"),

@@ -35,7 +35,11 @@ def smooth_scales(largest: Tensor, weight: Tensor, alpha: float = 0.5, positions
 
 
 def awq_scales(
-    weight: Tensor, stats: LayerStats, nearest: Callable[[Tensor], Tensor], positions: int = 1, steps: int = _AWQ_STEPS
+    weight: Tensor,
+    stats: LayerStats,
+    nearest: Callable[[Tensor, LayerStats], Tensor],
+    positions: int = 1,
+    steps: int = _AWQ_STEPS,
 ) -> Tensor:
     """AWQ's factors of input channels (Lin et al., 2024, eq. 4 and 5): ``mean|x|^alpha`` with the best alpha of a grid.
 
@@ -45,7 +49,7 @@ def awq_scales(
     Args:
         weight: ``[out, channels * positions]``.
         stats: Of the layer's inputs; groups share the factors.
-        nearest: Rounds a weight.
+        nearest: Rounds a weight, given the statistics of its inputs.
         positions: Columns of one channel.
         steps: alpha goes from 0 to 1 in as many.
 
@@ -57,7 +61,8 @@ def awq_scales(
     for step in range(steps + 1):
         scales = _stored(torch.where(mean > 0, mean ** (step / steps), torch.nan))
         columns = scales.repeat_interleave(positions)
-        error = float(stats.output_error(nearest(weight * columns) / columns - weight).double().sum())
+        rounded = nearest(weight * columns, stats.scaled(1 / columns)) / columns
+        error = float(stats.output_error(rounded - weight).double().sum())
         if error < lowest:
             best, lowest = scales, error
     return best

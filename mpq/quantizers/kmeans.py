@@ -1,8 +1,8 @@
 """Codebooks: levels of each block's own, by weighted k-means in one dimension (SqueezeLLM).
 
 Kim et al., "SqueezeLLM: Dense-and-Sparse Quantization" (2024): the weights of the squared errors are the
-diagonal of the Fisher information, here ``importance``. In one dimension clusters are intervals of the sorted values,
-so that every step works on prefix sums, for all blocks at once.
+diagonal of the Fisher information, here ``importance``; by the recipe ``weighted`` mean squares of inputs. In one
+dimension clusters are intervals of the sorted values, so that every step works on prefix sums, for all blocks at once.
 """
 
 from __future__ import annotations

@@ -123,8 +123,22 @@ def _check_recipe(fmt: NumberFormat) -> None:
         raise FormatError("clusters of weights (split2, split3, ...) come last and are rounded to nearest")
     if "split" in names and (fitted(fmt) or fmt.granularity == "cross"):
         raise FormatError(f"clusters of weights (split) are for formats of a grid times a scale, not for {fmt.base}")
-    if "rsq" in fmt.recipe and fmt.recipe[-1] not in ROUNDINGS[1:]:
+    if "rsq" in fmt.recipe and fmt.recipe[-1] not in ROUNDINGS[1:] and "weighted" not in fmt.recipe:
         raise FormatError("rsq says which tokens count for what comes after it, such as rsq:gptq")
+    if "weighted" in names:
+        _check_weighted(fmt, names[names.index("weighted") + 1 :])
+
+
+def _check_weighted(fmt: NumberFormat, after: list[str]) -> None:
+    """Refuse weighted errors where none are minimised, and two names for one thing."""
+    if any(name not in (*ROUNDINGS, "split") for name in after):
+        raise FormatError(
+            "weighted says how ranges of what is rounded in the end are found: only a way to round or clusters come "
+            f"after it, such as awq:weighted:gptq, unlike {':'.join(fmt.recipe)}"
+        )
+    if fmt.granularity in ("none", "cross") or fmt.variant == "nested":
+        kind = fmt.variant or {"none": "raw"}.get(fmt.granularity, fmt.granularity)
+        raise FormatError(f"no error is minimised where scales of {fmt.base} are chosen by {kind}: weighted can't help")
 
 
 def fitted(fmt: NumberFormat) -> bool:

@@ -19,6 +19,7 @@ from mpq.quantizers.mean_ranges import magnitude_range, mean_is_best
 
 _CANDIDATES = 80
 _MOST_CANDIDATES = 10_000
+_BY_LOSS = 8  # each costs forward passes
 
 
 def minmax_range(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,8 @@ def find_range(
     ``kl``                  histogram that changes least by rounding (TensorRT), see `entropy_range`
     ======================  =====================================================================================
 
+    Ranges of activations may also be found by ``loss`` or ``loss:N``, which looks at the whole network: `mpq.analyze`.
+
     Args:
         blocks: ``[blocks, elements]``.
         fmt: A format with scales. MX formats are scaled as OCP has it by ``mse`` as by ``minmax``.
@@ -104,6 +107,28 @@ def find_range(
     return best_of_grid(blocks, ends, fmt, _CANDIDATES, value, importance, outer)
 
 
+def minimises_error(fmt: NumberFormat, method: str) -> bool:
+    """Whether the errors that a range or what is fitted in its place is to minimise may have weights."""
+    if fmt.family in ("kmeans", "pvq"):  # the rule has no say
+        return True
+    return parse_range_method(method)[0] in ("mse", "pnorm", "kl") and (method != "mse" or fmt.family != "mx")
+
+
+def loss_candidates(method: str) -> int | None:
+    """How many clips the rules of activations ``loss`` (8) and ``loss:N`` try; None for other rules.
+
+    Raises:
+        FormatError: If there is not at least one more clip than the whole range.
+    """
+    name, colon, text = method.partition(":")
+    if name != "loss":
+        return None
+    count = int(text) if text.isdecimal() else 0
+    if colon and not 2 <= count <= _MOST_CANDIDATES:
+        raise FormatError(f"loss:N tries N clips, 2 to {_MOST_CANDIDATES:,}, unlike {method!r}")
+    return count if colon else _BY_LOSS
+
+
 def parse_range_method(method: str) -> tuple[str, float]:
     """Name of a range rule and the number after its colon (NaN where there is none).
 
@@ -124,6 +149,11 @@ def parse_range_method(method: str) -> tuple[str, float]:
         "percentile": colon and 50 < value <= 100,
         "pnorm": colon and 0 < value < math.inf,
     }
+    if name == "loss":
+        raise FormatError(
+            f"{method!r} is the network's loss with one input rounded: it is for activation_range= of mpq.analyze, and "
+            "needs its calibration data; for weights use mse, mse:N or another rule of find_range"
+        )
     if not known.get(name):
         raise FormatError(
             f"unknown range method {method!r}; use mse, mse:N with N clips, minmax, percentile:P with 50 < P <= 100, "

@@ -14,6 +14,7 @@ rotated or scaled (`mpq.quantizers.basis`).
 | ``splitN`` | N clusters of weights have scales of their own | none |
 | ``lorcN``, ``qeraN`` | two float16 factors of rank N take up the weight's error, the outputs' | none, one |
 | ``rsq`` | tokens count by their norms in the statistics | one |
+| ``weighted`` | ranges and codebooks for errors that count by the mean squares of their inputs | one |
 | ``stochastic`` | rounds up or down at random, by draws that the weight and its format fix | none |
 | ``gptq``, ``adaround``, ``flexround``, ``adaquant`` | rounding that keeps outputs | one |
 
@@ -43,6 +44,7 @@ from mpq.quantizers.hadamard import hadamard_rotation, rotate, rotate_stats
 from mpq.quantizers.lowrank import low_rank_factors
 from mpq.quantizers.outliers import channels_to_split, clusters, largest_elements
 from mpq.quantizers.packing import pack
+from mpq.quantizers.ranges import minimises_error
 from mpq.quantizers.recipe_storage import cluster_bits, matrix_of, split_step
 from mpq.quantizers.statistics import LayerStats
 from mpq.quantizers.stored import UNDO, StoredWeight, column_scales, of_clusters, split_columns
@@ -84,6 +86,7 @@ class Setting:
         name: Of the step.
         number: The number in the step's name; 0 without.
         seed: Of what is drawn at random.
+        weighted: Whether errors count by the inputs that they meet.
     """
 
     fmt: NumberFormat
@@ -92,10 +95,26 @@ class Setting:
     name: str
     number: int
     seed: int
+    weighted: bool
 
-    def nearest(self, weight: Tensor) -> Tensor:
-        """Plain rounding."""
-        return fake_quantize(weight, self.fmt, 0, self.method)
+    def nearest(self, weight: Tensor, stats: LayerStats | None) -> QuantizedTensor:
+        """Rounding to nearest."""
+        return quantize(weight, self.fmt, 0, self.method, self._importance(weight, stats))
+
+    def nearest_values(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
+        """What `nearest` comes to."""
+        return fake_quantize(weight, self.fmt, 0, self.method, self._importance(weight, stats))
+
+    def _importance(self, weight: Tensor, stats: LayerStats | None) -> Tensor | None:
+        """Of each error, up to a factor: what it adds to the squared error of outputs, if inputs are uncorrelated.
+
+        That is the diagonal of the second derivatives of a layer's squared error (Frantar and Alistarh, Optimal Brain
+        Compression, 2022, section 3), in the place of the Fisher information's of SqueezeLLM (Kim et al., 2024, eq. 3).
+        """
+        if not self.weighted:
+            return None
+        assert stats is not None
+        return stats.mean_squares(len(weight)).to(weight.dtype)
 
 
 def apply_recipe(
@@ -145,6 +164,11 @@ def round_weight(
         return StoredWeight(fmt, shape, (quantize(weight, fmt, 0, method),), {})
     if fmt.needs_data and stats is None:
         raise FormatError(f"{fmt.name} needs calibration data: statistics of the layer's inputs")
+    if "weighted" in fmt.recipe and not minimises_error(fmt, method):
+        raise FormatError(
+            f"{fmt.name} weighs the errors that a range is to minimise, but of {fmt.base} {method} ranges minimise "
+            "none; use mse:N, pnorm:P or kl"
+        )
     rows = to_rows(weight.detach())
     rows = rows.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     # Some steps would take NaN for an outlier, and store it.
@@ -166,22 +190,22 @@ def _seed(rows: Tensor, fmt: NumberFormat) -> int:
 
 def _chain(fmt: NumberFormat, method: str, positions: int, seed: int) -> Rounding:
     """The steps of a recipe as one function, built from the last to the first."""
-    plain = replace(fmt, recipe=())
-    chain: Rounding = partial(_nearest, plain, method)
+    last = Setting(replace(fmt, recipe=()), method, positions, "", 0, seed, "weighted" in fmt.recipe)
+    chain: Rounding = partial(_nearest, last)
     for step in reversed(fmt.recipe):
         name, number = split_step(step)
-        setting = Setting(plain, method, positions, name, number, seed)
+        setting = replace(last, name=name, number=number)
         chain = partial(STEPS[name], setting, chain) if name in STEPS else partial(_rounded, setting)
     return chain
 
 
-def _nearest(fmt: NumberFormat, method: str, weight: Tensor, stats: LayerStats | None) -> Rounded:
-    q = quantize(weight, fmt, 0, method)
+def _nearest(setting: Setting, weight: Tensor, stats: LayerStats | None) -> Rounded:
+    q = setting.nearest(weight, stats)
     return Rounded(dequantize(q), (q,), {})
 
 
 def _rounded(setting: Setting, weight: Tensor, stats: LayerStats | None) -> Rounded:
-    nearest = quantize(weight, setting.fmt, 0, setting.method)  # the range is searched once
+    nearest = setting.nearest(weight, stats)  # the range is searched once
     if setting.name == "stochastic":
         values = stochastic(weight, setting.fmt, setting.method, setting.seed, nearest)
     else:
@@ -218,7 +242,7 @@ def _smooth(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats)
 
 
 def _awq(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats) -> Rounded:
-    return _scaled(setting, rest, weight, stats, awq_scales(weight, stats, setting.nearest, setting.positions))
+    return _scaled(setting, rest, weight, stats, awq_scales(weight, stats, setting.nearest_values, setting.positions))
 
 
 def _sparse(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
@@ -233,14 +257,15 @@ def _ocs(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | N
     split = split_columns(channels, setting.positions)
     columns = torch.cat([torch.arange(weight.shape[1], device=weight.device), split])
     share = torch.ones_like(weight[0]).index_fill(0, split, 0.5)
-    halved = (weight * share)[:, columns]
+    halved, stats = (weight * share)[:, columns], None if stats is None else stats.taken(columns)
     if setting.fmt.family == "int":
         # Halves that differ by half a step round to what the whole would, and not twice to the same side. As they move
         # the range, by up to a quarter of it in small groups, the rest searches its own.
-        quarter = element_scales(halved, setting.fmt, setting.method)[0][:, weight.shape[1] :] / 4
+        nearest = setting.nearest(halved, stats)
+        quarter = element_scales(halved, setting.fmt, setting.method, nearest)[0][:, weight.shape[1] :] / 4
         halved[:, split] -= quarter
         halved[:, weight.shape[1] :] += quarter
-    inner = rest(halved, None if stats is None else stats.taken(columns))
+    inner = rest(halved, stats)
     return inner.before("ocs", setting.positions, channels=channels.int())
 
 
@@ -262,8 +287,8 @@ def _lorc(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | 
     return inner.before(setting.name, setting.positions, left=left, right=right)
 
 
-def _rsq(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
-    """Nothing to do here: the statistics were gathered with token weights."""
+def _known(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
+    """Nothing to do here: statistics were gathered with token weights (``rsq``), all settings say ``weighted``."""
     return rest(weight, stats)
 
 
@@ -277,7 +302,8 @@ STEPS: dict[str, Callable[..., Rounded]] = {
     "split": _split_clusters,
     "lorc": _lorc,
     "qera": _lorc,
-    "rsq": _rsq,
+    "rsq": _known,
+    "weighted": _known,
 }
 # Ways to round to a minimum of the outputs' error, which come last: (weight, format, statistics, range rule, what is
 # nearest) -> values.

@@ -60,6 +60,21 @@ class LayerStats:
         parts = self.by_group(error)
         return ((parts @ self.hessian.to(error.dtype)) * parts).sum(-1).flatten()
 
+    def mean_squares(self, channels: int) -> Tensor:
+        """Mean square of the input that each weight meets, as a share of the largest.
+
+        Inputs that never were anything but zero have none.
+
+        Args:
+            channels: Output channels.
+
+        Returns:
+            ``[channels, in]``; ``[1, in]`` where all have the same inputs.
+        """
+        squares = self.hessian.diagonal(dim1=1, dim2=2).clamp(min=0)
+        squares = squares / squares.amax().clamp(min=torch.finfo(squares.dtype).tiny)
+        return squares if self.groups == 1 else squares.repeat_interleave(channels // self.groups, 0)
+
     def scaled(self, factor: Tensor) -> LayerStats:
         """Statistics of inputs times a factor ``[in]``."""
         hessian = self.hessian * factor * factor[:, None]
