@@ -24,10 +24,8 @@ from mpq.quantizers.scales import outer_scale, refuse_larger, scale_and_zero
 
 FLOAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Elements at a time: 4 MiB of float32 beside a result as large. Half as many cost up to a tenth more in calls of torch.
-_CHUNK = 2**20
-# Elements of a block: making scales of smaller ones for each chunk costs more calls of torch than reading memory twice.
-_SMALL = 2**10
+# Elements at a time: 2 MiB of float32 beside a result as large. Half as many cost a tenth more in calls of torch.
+_CHUNK = 2**19
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +225,6 @@ def _scaled_blocks(
     """As `scaled_rows`, of formats whose blocks lie along the same axis; notes the ends of all blocks."""
     outers = {i: outer_scale(x, fmt) for i, fmt in formats.items()}
     height = math.lcm(*(fmt.block[0] for fmt in formats.values() if fmt.block is not None))
-    small = [fmt for fmt in formats.values() if fmt.block is not None and fmt.block[0] * fmt.block[1] < _SMALL]
-    if method == "minmax" and small:
-        yield from _covered_blocks(x, formats, height, outers, ends)
-        return
     for rows, part in chunks(x, height):
         weights = None if importance is None else importance[rows]
         seen: dict[str, tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]] = {}
@@ -243,37 +237,6 @@ def _scaled_blocks(
             found = find_range(blocks, fmt, method, counts, outers[i], limits)
             scale, zero = _scales(found, fmt, outers[i], ends)
             yield Scaled(i, rows, blocks, scale, zero, outers[i], method != "minmax" or _clips(scale, fmt))
-
-
-def _covered_blocks(
-    x: Tensor,
-    formats: dict[int, NumberFormat],
-    height: int,
-    outers: dict[int, Tensor | None],
-    ends: list[Tensor] | None,
-) -> Iterator[Scaled]:
-    """As `_scaled_blocks` with scales that cover all elements, made of all blocks at once, which reads memory twice."""
-    alike = {fmt.granularity: fmt for fmt in formats.values()}
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {granularity: [] for granularity in alike}
-    for _, part in chunks(x, height):
-        for granularity, fmt in alike.items():
-            found[granularity].append(minmax_range(weighted_blocks(part, fmt, 0, None)[0]))
-    scales, clip = {}, {}
-    for granularity, parts in found.items():
-        low, high = (torch.cat(ends_of_chunks) for ends_of_chunks in zip(*parts, strict=True))
-        _note((low, high), ends)
-        for i, fmt in formats.items():
-            if fmt.granularity == granularity:
-                scales[i] = _scales((low, high), fmt, outers[i], ends)
-                clip[i] = _clips(scales[i][0], fmt)
-    first = dict.fromkeys(alike, 0)
-    for rows, part in chunks(x, height):
-        blocks = {granularity: weighted_blocks(part, fmt, 0, None)[0] for granularity, fmt in alike.items()}
-        for i, fmt in formats.items():
-            own = blocks[fmt.granularity]
-            where = slice(first[fmt.granularity], first[fmt.granularity] + len(own))
-            yield Scaled(i, rows, own, scales[i][0][where], scales[i][1][where], outers[i], clip[i])
-        first = {granularity: first[granularity] + len(own) for granularity, own in blocks.items()}
 
 
 def _note(limits: tuple[Tensor, Tensor], ends: list[Tensor] | None) -> None:
