@@ -45,9 +45,7 @@ def entropy_range(
     found = torch.ones_like(lo)
     step = max(1, BUFFERED // max(_BINS, blocks.shape[1]))
     for rows in (slice(i, i + step) for i in range(0, len(blocks), step)):
-        part = blocks[rows].to(lo.dtype)
-        weights = torch.ones_like(part) if importance is None else importance[rows].to(lo.dtype)
-        counts, centres = _histogram(part, lo[rows], hi[rows], weights)
+        counts, centres = _histogram(blocks[rows], lo[rows], hi[rows], None if importance is None else importance[rows])
         found[rows] = best_share(counts, centres, (lo[rows], hi[rows]), fmt, ratios, outer)
     return lo * found, hi * found
 
@@ -107,11 +105,15 @@ class _Histogram:
         return cls(counts, centres, below, above, filled[:, :-1].contiguous())
 
 
-def _histogram(blocks: Tensor, lo: Tensor, hi: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _histogram(blocks: Tensor, lo: Tensor, hi: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Counts ``[blocks, bins]`` and the middles of the bins."""
     width = ((hi - lo) / _BINS).clamp(min=torch.finfo(torch.float32).tiny)
-    index = ((blocks - lo) / width).nan_to_num(0.0).clamp_(0, _BINS - 1).long()
-    counts = blocks.new_zeros(len(blocks), _BINS).scatter_add_(1, index, weights)
+    counts = lo.new_zeros(len(blocks), _BINS)
+    for start in range(0, blocks.shape[1], BUFFERED):
+        part = blocks[:, start : start + BUFFERED].to(lo.dtype)
+        w = torch.ones_like(part) if weights is None else weights[:, start : start + BUFFERED].to(lo.dtype)
+        index = ((part - lo) / width).nan_to_num(0.0).clamp_(0, _BINS - 1).long()
+        counts.scatter_add_(1, index, w)
     return counts, lo + (torch.arange(_BINS, dtype=lo.dtype, device=lo.device) + 0.5) * width
 
 
