@@ -30,7 +30,6 @@ def quantize(
 ) -> QuantizedTensor:
     """As `mpq.quantizers.tensors.quantize`; the exponent, a float32 number, is in ``outer``. Zero stays zero."""
     blocks, weights = weighted_blocks(x, fmt, channel_axis, importance)
-    weights = torch.ones_like(blocks[:, :1]).expand_as(blocks) if weights is None else weights
     exponent = _find_exponent(blocks, fmt, method, weights)
     scale, _ = _find_scale(blocks, fmt, method, weights, exponent)
     codes = torch.empty(blocks.shape, dtype=torch.int8, device=x.device)
@@ -77,12 +76,12 @@ def _largest_scale(lo: Tensor, hi: Tensor, bits: int, exponent: Tensor) -> Tenso
     return torch.maximum(hi, lo / power_levels(bits, exponent)[0])
 
 
-def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor) -> Tensor:
+def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor | None) -> Tensor:
     """The exponent with the least error on an even sample: coarse steps, then halved ones around the best."""
     # An odd stride meets all columns of a weight; a few blocks are taken before any block is thinned.
     columns = -(-blocks.shape[1] // _SAMPLED) | 1
     rows = max(1, len(blocks) * (blocks.shape[1] // columns) // _SAMPLED) | 1
-    part, w = blocks[::rows, ::columns], weights[::rows, ::columns]
+    part, w = blocks[::rows, ::columns], None if weights is None else weights[::rows, ::columns]
 
     def error(exponent: float) -> float:
         return _find_scale(part, fmt, method, w, part.new_tensor(exponent))[1]
@@ -101,7 +100,7 @@ def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tens
 
 
 def _find_scale(
-    blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor, exponent: Tensor
+    blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor | None, exponent: Tensor
 ) -> tuple[Tensor, float]:
     """Scale ``[blocks, 1]``, as it is stored, and the error of all; by ``mse`` the best of ratios to the largest."""
     ends = minmax_range(blocks)
@@ -113,14 +112,17 @@ def _find_scale(
     tried = stored_scale(_largest_scale(lo, hi, fmt.bits, exponent) * ratios, fmt)
     errors = torch.zeros_like(tried)
     for tile in tiles(blocks.shape):
-        r, part, w = tile[0], blocks[tile], weights[tile]
+        r, part = tile[0], blocks[tile]
         step = max(1, BUFFERED // part.numel())
         for k in range(0, count, step):
             scale = tried[k : k + step, r]
             lost = _levels_at(_nearest(part / scale, fmt.bits, exponent), fmt.bits, exponent).mul_(scale).sub_(part)
             if unit is not None:
                 lost.mul_(unit[r])
-            errors[k : k + step, r] += lost.square_().mul_(w).sum(2, keepdim=True)
+            lost.square_()
+            if weights is not None:
+                lost.mul_(weights[tile])
+            errors[k : k + step, r] += lost.sum(2, keepdim=True)
     least, best = errors.min(0)
     return tried.gather(0, best[None])[0], _total(least, unit)
 
