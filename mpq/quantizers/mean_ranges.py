@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mpq.errors import FormatError
-from mpq.quantizers.blocks import all_finite, work_dtype
+from mpq.quantizers.blocks import BUFFERED, all_finite, work_dtype
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.selection import LARGE, weighted_rank
 
@@ -28,7 +30,8 @@ def magnitude_range(
         blocks: ``[blocks, elements]``.
         fmt: A ternary or binary format.
         method: ``absmedian``, else the mean.
-        importance: Weights of the elements, same shape; None: all alike. A block without any weight counts all alike.
+        importance: Weights of the elements, same shape, some of each block positive (`checked_weights`); None: all
+            alike.
 
     Returns:
         Lower and upper ends, both ``[blocks, 1]``.
@@ -38,8 +41,6 @@ def magnitude_range(
     """
     if fmt.family != "ternary" and not _binary(fmt):
         raise FormatError(f"{method} ranges are for ternary and binary formats, not for {fmt.name}")
-    if importance is not None:
-        importance = torch.where(importance.sum(1, keepdim=True) > 0, importance, 1.0)
     end = (_medians if method == "absmedian" else _means)(blocks, importance)
     return -end, end
 
@@ -53,7 +54,9 @@ def _means(blocks: Tensor, weights: Tensor | None) -> Tensor:
 
 def _medians(blocks: Tensor, weights: Tensor | None) -> Tensor:
     if blocks.shape[1] > LARGE and all_finite(blocks):
-        totals = [blocks.shape[1]] * len(blocks) if weights is None else weights.sum(1, dtype=torch.float64)
+        totals: Any = [blocks.shape[1]] * len(blocks)
+        if weights is not None:  # in parts, each of which is copied in double precision
+            totals = sum(part.sum(1, dtype=torch.float64) for part in torch.split(weights, BUFFERED, 1))
         of_rows = [None] * len(blocks) if weights is None else list(weights)
         rows = zip(blocks, totals, of_rows, strict=True)
         return torch.stack([weighted_rank(row, total / 2, w, magnitudes=True) for row, total, w in rows])[:, None]

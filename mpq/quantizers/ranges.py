@@ -57,7 +57,7 @@ def _percentiles_of_large(blocks: Tensor, percentile: float, own: Tensor | None)
     found = []
     for row, block in enumerate(blocks):
         weights = None if own is None else own[row]
-        n = len(block) if weights is None else int(weights.sum())
+        n = len(block) if weights is None else int(weights.count_nonzero())
         rank = min(n, max(1, round(percentile / 100 * n)))
         found.append(torch.stack([weighted_rank(block, r, weights) for r in (n + 1 - rank, rank)]))
     ends = torch.stack(found)
