@@ -86,8 +86,8 @@ def correct_bias(
         with rounded.hooked(hooks):
             for batch in read_batches(calib, exact.read):
                 mask = batch.kwargs.get("attention_mask")
-                if isinstance(mask, Tensor) and not mask.any():
-                    continue  # nothing but padding
+                if _all_padding(mask):
+                    continue
                 size = batch.size
                 wanted.clear()
                 exact(batch)
@@ -112,6 +112,10 @@ def _check_alike(rounded: ModelView, exact: ModelView) -> None:
         shape = tuple(rounded.weight(name).shape)
         if name not in exact.layers or tuple(exact.weight(name).shape) != shape:
             raise ConfigError(f"this is not the float model: it has no layer {name!r} with a weight {list(shape)}")
+
+
+def _all_padding(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and not mask.any()
 
 
 def _channel_means(layer: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,8 +161,9 @@ def add_noise_bias(
 ) -> nn.Module:
     """Give linear layers a fixed noise before their inputs are rounded (Liu et al., NoisyQuant, 2023).
 
-    Only where the layer's outputs gain by it, and inputs are rounded as they are, not smoothed or rotated. A runtime
-    adds the noise to the inputs and takes its product with the weight off the bias. One forward pass.
+    Only where the layer's outputs gain by it, and inputs are rounded as they are, not smoothed or rotated; tokens that
+    a batch's ``attention_mask`` hides have no say. A runtime adds the noise to the inputs and takes its product with
+    the weight off the bias. One forward pass.
 
     Args:
         quantized: What `mpq.quantize` gave.
@@ -172,11 +177,11 @@ def add_noise_bias(
     """
     noisy = copy.deepcopy(plain(quantized))
     rows: dict[str, list[Tensor]] = {}
+    mask: Tensor | None = None
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = tensors_in((args, kwargs))[0]
-            rows.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+            rows.setdefault(name, []).append(tokens_of(tensors_in((args, kwargs))[0], mask))
 
         return hook
 
@@ -191,6 +196,9 @@ def add_noise_bias(
         size = 0
         try:
             for batch in read_batches(calib, ModelView(noisy, forward).read):
+                mask = batch.kwargs.get("attention_mask")
+                if _all_padding(mask):
+                    continue
                 size += batch.size
                 run_on(noisy, batch, forward)
         finally:

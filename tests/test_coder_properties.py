@@ -55,10 +55,12 @@ def test_layout_in_memory_does_not_matter(fmt, method, seed):
 
 
 @settings(max_examples=100, deadline=None)
-@given(formats, weights_of, seeds, st.integers(-6, 6))
+@given(formats, weights_of, seeds, st.integers(-100, 100))
 def test_a_power_of_two_goes_through(fmt, method, seed, power):
     """But for rows and columns, whose powers of 0.15 and 0.85 are rounded each."""
     x = tensor(seed, (4, 24))
+    if fmt.scale == "fp16" or fmt.family == "kmeans":
+        power //= 16
     small, large = quantize(x, fmt, method=method), quantize(x * 2.0**power, fmt, method=method)
     # Where float16 ends the grid can't follow: scales of channels are in it, or those of the 8-bit codes behind.
     least = small.outer if fmt.variant == "progressive" else small.scale / (256 if fmt.variant == "nested" else 1)

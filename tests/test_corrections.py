@@ -109,6 +109,21 @@ def test_padding_does_not_count_in_mean_outputs():
     torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-5)
 
 
+def test_padding_has_no_say_in_noise():
+    net, x, mask = Tokens().eval(), inputs(64, 8, 6), torch.ones(64, 8)
+    mask[:, 3:], mask[5] = 0, 0
+    padded = torch.where(mask[:, :, None] > 0, x, inputs(64, 8, 6, seed=1).round())
+    rounded = quantized(net, [x], "W16A2")
+    one_by_one = [{"x": padded[i : i + 1], "attention_mask": mask[i : i + 1]} for i in range(64)]
+    batches = [x[mask > 0]], [{"x": padded, "attention_mask": mask}], one_by_one, [{"x": padded}]
+    own, together, apart, all_tokens = (add_noise_bias(rounded, b).fc.input_quantizer.noise for b in batches)
+    assert torch.equal(together, own)
+    assert torch.equal(apart, own)
+    assert not torch.equal(all_tokens, own)
+    with pytest.raises(DataError, match="empty"):
+        add_noise_bias(rounded, one_by_one[5:6])
+
+
 def test_batch_norm_gets_the_statistics_of_the_quantized_network():
     net, x = Net(), inputs(16, 3, 8, 8)
     net.train()

@@ -176,6 +176,33 @@ def test_the_largest_numbers_that_fit_are_rounded(name, dtype, largest):
     assert fake_quantize(x, fmt, method="mse").isfinite().all()
 
 
+def peak_bytes(run):
+    """The most that torch holds at a time beyond what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("int4:tensor", "percentile:99.9"), ("int8:tensor:asym", "kl"), ("ternary:tensor", "absmedian")),
+        *(("ternary", "absmedian"), ("nupes_4:tensor", "mse"), ("nupes_4", "mse"), ("nupes_4:tensor", "percentile:99")),
+        *(("kmeans_4:tensor", "mse"), ("kmeans_4", "mse"), ("kmeans_8:tensor", "mse")),
+    ],
+)
+def test_peak_memory_of_rules_that_sort_is_below_twice_the_tensor_with_the_result(name, method):
+    x = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    peak = peak_bytes(lambda: fake_quantize(x, NumberFormat.parse(name), 0, method))
+    print(name, peak / (x.numel() * 4))
+    assert x.numel() * 4 <= peak < 2 * x.numel() * 4
+
+
 def test_peak_memory_is_below_twice_the_tensor():
     x = torch.randn(1024, 4096)
     size = x.numel() * 4
@@ -183,12 +210,6 @@ def test_peak_memory_is_below_twice_the_tensor():
     for name in [*names.split(), "int8:cross"]:
         for method in ("minmax", "mse") if name in ("int4:g128", "int4:nested") else ("minmax",):
             out, fmt = torch.empty_like(x), NumberFormat.parse(name)
-            with torch.profiler.profile(profile_memory=True) as profile:
-                fake_quantize(x, fmt, 0, method, out=out)
-            live = peak = 0
-            for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-                if event.name() == "[memory]":
-                    live += event.nbytes()
-                    peak = max(peak, live)
+            peak = peak_bytes(lambda fmt=fmt, method=method, out=out: fake_quantize(x, fmt, 0, method, out=out))
             print(name, peak / size)
             assert 0 < peak < 2 * size

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from random_tensors import tensor
 
 from mpq import NumberFormat
-from mpq.quantizers import fake_quantize
+from mpq.quantizers import fake_quantize, sorted_sums
 from mpq.quantizers.kmeans import fit_codebook, nearest_level
+from mpq.quantizers.sorted_sums import SortedBlocks
 
 
 def brute_force(values, weights, levels):
@@ -57,6 +58,39 @@ def test_levels_are_the_means_of_what_is_rounded_to_them(levels):
     zero = torch.zeros(3, levels, dtype=torch.float64)
     means = zero.scatter_add(1, codes, w * x) / zero.scatter_add(1, codes, w)
     torch.testing.assert_close(codebook, means, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def in_stretches(monkeypatch):
+    """As with blocks of millions of elements."""
+
+    def switch():
+        monkeypatch.setattr(sorted_sums, "_LARGE", 0)
+        monkeypatch.setattr(sorted_sums, "_STRETCH", 64)
+        monkeypatch.setattr(sorted_sums, "_STEP", 16)
+
+    return switch
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 63, 64, 65, 128, 1000])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_in_stretches_are_the_same_bit_for_bit(count, weighted, in_stretches):
+    x = torch.cat([tensor(3, (2, count), power=3), tensor(4, (1, count)).round(), torch.zeros(1, count)])
+    w = tensor(5, x.shape).square() if weighted else None
+    cuts = torch.arange(0, count + 1).expand(len(x), -1)
+    whole = SortedBlocks(x, w)
+    expected = whole.values, whole.before(cuts), *(whole.even_cuts(n) for n in (2, 16, 64))
+    codebooks = [fit_codebook(x, levels, w) for levels in (2, 16, 32)]
+    in_stretches()
+    parts = SortedBlocks(x, w)
+    found = parts.values, parts.before(cuts), *(parts.even_cuts(n) for n in (2, 16, 64))
+    assert parts._kept.shape[2] == 1 + count // 16
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, [fit_codebook(x, levels, w) for levels in (2, 16, 32)], codebooks))
+    order = x.argsort(1)
+    each = torch.ones_like(x) if w is None else w.gather(1, order)
+    moments = [(each.double() * x.gather(1, order).double() ** k)[:, : count // 2].sum(1) for k in range(3)]
+    torch.testing.assert_close(found[1][:, :, count // 2], torch.stack(moments))
 
 
 def test_codebooks_keep_few_values_exactly():

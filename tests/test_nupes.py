@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from random_tensors import tensor
 
 from mpq import NumberFormat
-from mpq.quantizers import dequantize, quantize
+from mpq.quantizers import blocks, dequantize, nupes, quantize
 from mpq.quantizers.nupes import power_levels
 
 
@@ -36,3 +36,31 @@ def test_the_exponent_is_found(exponent):
     q = quantize(x, NumberFormat.parse("nupes_4"))
     assert q.outer.item() == pytest.approx(exponent, abs=1e-6)
     torch.testing.assert_close(dequantize(q), x)
+
+
+@pytest.mark.parametrize("name", ["nupes_3", "nupes_4:tensor", "nupes_4:p2", "nupes_4:g8:p2"])
+@pytest.mark.parametrize("power", [-100, -70, 50, 100])
+def test_squares_neither_vanish_nor_overflow(name, power):
+    fmt, x = NumberFormat.parse(name), tensor(3, (4, 48), power=2)
+    usual, other = quantize(x, fmt), quantize(x * 2.0**power, fmt)
+    assert torch.equal(other.outer, usual.outer)
+    assert torch.equal(other.codes, usual.codes)
+    assert torch.equal(other.scale, usual.scale * 2.0**power)
+    if not name.endswith("tensor"):
+        both = quantize(torch.cat([x, x * 2.0**power]), fmt)
+        assert torch.equal(both.outer, usual.outer)
+        assert torch.equal(both.codes, torch.cat([usual.codes, usual.codes]))
+
+
+def test_large_blocks_are_worked_on_in_stretches(monkeypatch):
+    """Sums are rounded otherwise, which near equals may hang on."""
+    fmt, x, w = NumberFormat.parse("nupes_4:tensor"), tensor(4, (40, 50)), tensor(5, (40, 50)).square()
+    for method, importance in (("mse", None), ("mse", w), ("percentile:98", None)):
+        whole = quantize(x, fmt, 0, method, importance)
+        with monkeypatch.context() as patch:
+            for module in (blocks, nupes):
+                patch.setattr(module, "BUFFERED", 256)
+            parts = quantize(x, fmt, 0, method, importance)
+            assert torch.equal(parts.codes, whole.codes)
+            assert torch.equal(parts.scale, whole.scale)
+            assert torch.equal(dequantize(parts), dequantize(whole))

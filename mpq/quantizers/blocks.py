@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -93,6 +94,15 @@ def from_blocks(
     rows = blocks.reshape(channels, -1)[:, : numel // channels]
     rest = [n for i, n in enumerate(shape) if i != channel_axis]
     return rows.reshape(channels, *rest).movedim(0, channel_axis).contiguous()
+
+
+def tiles(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """Parts of blocks ``[blocks, elements]`` to work on at a time: whole ones, or stretches of one."""
+    rows, columns = shape
+    step = max(1, BUFFERED // max(1, columns))
+    for r in range(0, rows, step):
+        for c in range(0, columns, BUFFERED):
+            yield slice(r, r + step), slice(c, c + BUFFERED)
 
 
 def padding_mask(shape: tuple[int, ...], fmt: NumberFormat, channel_axis: int, device: torch.device) -> Tensor | None:

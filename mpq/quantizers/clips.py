@@ -40,7 +40,7 @@ def clip_errors(
     grid = grid_of(fmt)
     cols = blocks.shape[1]
     errors = torch.zeros_like(ratios)
-    unit = _unit(ends, power)
+    unit = error_unit(ends, power)
     step = max(1, CACHED // cols)
     for r in (slice(i, i + step) for i in range(0, len(blocks), step)):
         lo, hi = (end[r, 0] * ratios[:, r] for end in ends)
@@ -62,7 +62,7 @@ def clip_errors(
     return errors
 
 
-def _unit(ends: Ends, power: float) -> Tensor | None:
+def error_unit(ends: Ends, power: float = 2.0) -> Tensor | None:
     """Powers of two ``[blocks, 1]`` that bring blocks to where powers of errors neither vanish nor overflow.
 
     One for blocks that are there already, so that theirs keep their bits; None if all are.

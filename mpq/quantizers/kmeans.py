@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpq.quantizers.blocks import from_blocks, weighted_blocks
+from mpq.quantizers.blocks import BUFFERED, from_blocks, tiles, weighted_blocks
 from mpq.quantizers.float16 import to_float16
 from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.sorted_sums import SortedBlocks
 from mpq.quantizers.tensors import QuantizedTensor
 
-_BUFFER_ELEMENTS = 2**20  # of the sorted blocks and of the table of interval costs at a time
 _STEPS = 100
 # Up to this many levels the start is the best of all choices among _CUTS cuts a level; more levels differ by little.
 _MOST_SEARCHED, _CUTS = 16, 4
@@ -33,13 +33,12 @@ def quantize(
     levels = 2**fmt.bits
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=x.device)
     codebook = blocks.new_empty(len(blocks), levels)
-    step = max(1, _BUFFER_ELEMENTS // blocks.shape[1])
+    step = max(1, BUFFERED // blocks.shape[1])
     for r in range(0, len(blocks), step):
-        part = blocks[r : r + step]
-        found = fit_codebook(part, levels, None if weights is None else weights[r : r + step])
-        found = to_float16(found, f"a level of {fmt.name}").to(blocks.dtype)
-        codebook[r : r + step] = found
-        codes[r : r + step] = nearest_level(part, found)
+        found = fit_codebook(blocks[r : r + step], levels, None if weights is None else weights[r : r + step])
+        codebook[r : r + step] = to_float16(found, f"a level of {fmt.name}").to(blocks.dtype)
+    for tile in tiles(blocks.shape):
+        codes[tile] = nearest_level(blocks[tile], codebook[tile[0]])
     scale = blocks.new_ones(len(blocks), 1)
     shape = tuple(x.shape)
     return QuantizedTensor(codes, scale, torch.zeros_like(scale), fmt, shape, channel_axis, codebook=codebook)
@@ -48,7 +47,9 @@ def quantize(
 def dequantize(q: QuantizedTensor) -> Tensor:
     """As `mpq.quantizers.tensors.dequantize`."""
     assert q.codebook is not None
-    values = q.codebook.gather(1, q.codes.long())
+    values = q.codebook.new_empty(q.codes.shape)
+    for tile in tiles(q.codes.shape):
+        values[tile] = q.codebook[tile[0]].gather(1, q.codes[tile].long())
     return from_blocks(values, q.shape, q.channel_axis, *(q.fmt.block or (1, 0)))
 
 
@@ -73,51 +74,23 @@ def fit_codebook(blocks: Tensor, levels: int, weights: Tensor | None = None) -> 
     Returns:
         ``[blocks, levels]`` in rising order; levels that no element needs repeat others.
     """
-    values, order = blocks.sort(dim=1)
-    w = torch.ones_like(values) if weights is None else weights.gather(1, order)
-    w = torch.where(w.sum(1, keepdim=True) > 0, w, 1.0)
-    sums = torch.stack([w.double(), w.double() * values, w.double() * values.double().square()])
-    sums = torch.nn.functional.pad(sums.cumsum(2), (1, 0))  # [weight; first; second moment, blocks, elements + 1]
-    searched = levels <= _MOST_SEARCHED
-    cuts = _candidate_cuts(values, w, levels * _CUTS if searched else levels)
-    if searched:
-        cuts = _best_cuts(cuts, sums, levels)
-    return _lloyd(values, sums, cuts).to(blocks.dtype)
+    ordered = SortedBlocks(blocks, weights)
+    if levels <= _MOST_SEARCHED:
+        cuts = _best_cuts(ordered.even_cuts(levels * _CUTS), ordered, levels)
+    else:
+        cuts = ordered.even_cuts(levels)
+    return _lloyd(ordered, cuts).to(blocks.dtype)
 
 
-def _candidate_cuts(values: Tensor, w: Tensor, count: int) -> Tensor:
-    """Ends ``[blocks, count + 1]`` of intervals of sorted values, from 0 to their number, for a good start.
-
-    Blocks with at most ``count`` distinct values have one interval for each of them.
-    """
-    rows, n = values.shape
-    gaps = values.diff(dim=1).double()
-    new = gaps > 0
-    # Bennett: the density of the best levels is that of the values to the third; a gap d with weight w stands for w/d.
-    mass = torch.where(new, gaps.square() * (w[:, 1:] + w[:, :-1]), 0.0).pow_(1 / 3).cumsum(1)
-    rank = new.cumsum(1)
-    few = rank[:, -1:] < count if n > 1 else torch.ones(rows, 1, dtype=torch.bool, device=values.device)
-    along = torch.where(few, rank.double(), mass)
-    steps = torch.arange(1, count, dtype=torch.float64, device=values.device).expand(rows, -1)
-    total = along[:, -1:] if n > 1 else steps[:, :1]
-    steps = torch.where(few, steps, steps * (total / count))
-    inner = (torch.searchsorted(along.contiguous(), steps.contiguous()) + 1).clamp_(max=n)
-    # Several steps may end in one wide gap: no interval of many values stays empty.
-    place = torch.arange(1, count, device=values.device)
-    apart = ((inner - place).cummax(1).values + place).minimum(n - count + place)
-    inner = torch.where(few, inner, apart)
-    return torch.cat([torch.zeros_like(inner[:, :1]), inner, torch.full_like(inner[:, :1], n)], 1)
-
-
-def _best_cuts(cuts: Tensor, sums: Tensor, levels: int) -> Tensor:
+def _best_cuts(cuts: Tensor, ordered: SortedBlocks, levels: int) -> Tensor:
     """The ``levels`` intervals between candidate cuts with the least squared error: ``[blocks, levels + 1]``."""
-    step = max(1, _BUFFER_ELEMENTS // cuts.shape[1] ** 2)
-    found = [_best_of(cuts[r : r + step], sums[:, r : r + step], levels) for r in range(0, len(cuts), step)]
+    step = max(1, BUFFERED // cuts.shape[1] ** 2)
+    at = ordered.before(cuts)
+    found = [_best_of(cuts[r : r + step], at[:, r : r + step], levels) for r in range(0, len(cuts), step)]
     return torch.cat(found)
 
 
-def _best_of(cuts: Tensor, sums: Tensor, levels: int) -> Tensor:
-    at = sums.gather(2, cuts.expand(3, -1, -1))
+def _best_of(cuts: Tensor, at: Tensor, levels: int) -> Tensor:
     weight, first, second = (at[:, :, None, :] - at[:, :, :, None]).unbind()  # of the interval from i to j
     cost = second - first.square() / weight.clamp(min=torch.finfo(torch.float64).tiny)
     backward = torch.ones_like(cost[0], dtype=torch.bool).tril(-1)
@@ -133,11 +106,12 @@ def _best_of(cuts: Tensor, sums: Tensor, levels: int) -> Tensor:
     return cuts.gather(1, torch.cat(ends[::-1], 1))
 
 
-def _lloyd(values: Tensor, sums: Tensor, cuts: Tensor) -> Tensor:
+def _lloyd(ordered: SortedBlocks, cuts: Tensor) -> Tensor:
     """Means of intervals, whose ends move to the middles between the means until nothing changes."""
-    centers = values.double().gather(1, cuts[:, :-1].clamp(max=values.shape[1] - 1))
+    values = ordered.values
+    centers = values.gather(1, cuts[:, :-1].clamp(max=values.shape[1] - 1)).double()
     for _ in range(_STEPS):
-        weight, first, _ = sums.gather(2, cuts.expand(3, -1, -1)).diff(dim=2).unbind()
+        weight, first, _ = ordered.before(cuts).diff(dim=2).unbind()
         centers = torch.where(weight > 0, first / weight, centers).sort(dim=1).values
         middle = ((centers[:, 1:] + centers[:, :-1]) / 2).to(values.dtype)
         moved = torch.cat([cuts[:, :1], torch.searchsorted(values, middle, right=True), cuts[:, -1:]], 1)

@@ -8,10 +8,13 @@ integers, negative codes go one further than positive ones; the papers leave tha
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from mpq.quantizers.blocks import BUFFERED, from_blocks, weighted_blocks
+from mpq.quantizers.blocks import BUFFERED, from_blocks, tiles, weighted_blocks
+from mpq.quantizers.clips import error_unit
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import find_range, minmax_range
 from mpq.quantizers.scales import stored_scale
@@ -27,13 +30,11 @@ def quantize(
 ) -> QuantizedTensor:
     """As `mpq.quantizers.tensors.quantize`; the exponent, a float32 number, is in ``outer``. Zero stays zero."""
     blocks, weights = weighted_blocks(x, fmt, channel_axis, importance)
-    weights = torch.ones_like(blocks[:, :1]).expand_as(blocks) if weights is None else weights
     exponent = _find_exponent(blocks, fmt, method, weights)
     scale, _ = _find_scale(blocks, fmt, method, weights, exponent)
     codes = torch.empty(blocks.shape, dtype=torch.int8, device=x.device)
-    step = max(1, BUFFERED // blocks.shape[1])
-    for r in range(0, len(blocks), step):
-        codes[r : r + step] = _nearest(blocks[r : r + step] / scale[r : r + step], fmt.bits, exponent)
+    for tile in tiles(blocks.shape):
+        codes[tile] = _nearest(blocks[tile] / scale[tile[0]], fmt.bits, exponent)
     zero = torch.zeros_like(scale)
     return QuantizedTensor(codes, scale, zero, fmt, tuple(x.shape), channel_axis, exponent.reshape(1, 1))
 
@@ -41,7 +42,9 @@ def quantize(
 def dequantize(q: QuantizedTensor) -> Tensor:
     """As `mpq.quantizers.tensors.dequantize`."""
     assert q.outer is not None
-    values = _levels_at(q.codes, q.fmt.bits, q.outer.reshape(())).mul_(q.scale)
+    values = q.scale.new_empty(q.codes.shape)
+    for tile in tiles(q.codes.shape):
+        values[tile] = _levels_at(q.codes[tile], q.fmt.bits, q.outer.reshape(())).mul_(q.scale[tile[0]])
     return from_blocks(values, q.shape, q.channel_axis, *(q.fmt.block or (1, 0)))
 
 
@@ -73,12 +76,12 @@ def _largest_scale(lo: Tensor, hi: Tensor, bits: int, exponent: Tensor) -> Tenso
     return torch.maximum(hi, lo / power_levels(bits, exponent)[0])
 
 
-def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor) -> Tensor:
+def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor | None) -> Tensor:
     """The exponent with the least error on an even sample: coarse steps, then halved ones around the best."""
     # An odd stride meets all columns of a weight; a few blocks are taken before any block is thinned.
     columns = -(-blocks.shape[1] // _SAMPLED) | 1
     rows = max(1, len(blocks) * (blocks.shape[1] // columns) // _SAMPLED) | 1
-    part, w = blocks[::rows, ::columns], weights[::rows, ::columns]
+    part, w = blocks[::rows, ::columns], None if weights is None else weights[::rows, ::columns]
 
     def error(exponent: float) -> float:
         return _find_scale(part, fmt, method, w, part.new_tensor(exponent))[1]
@@ -97,22 +100,38 @@ def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tens
 
 
 def _find_scale(
-    blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor, exponent: Tensor
+    blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor | None, exponent: Tensor
 ) -> tuple[Tensor, float]:
     """Scale ``[blocks, 1]``, as it is stored, and the error of all; by ``mse`` the best of ratios to the largest."""
-    lo, hi = minmax_range(blocks) if method == "mse" else find_range(blocks, fmt, method, weights)
+    ends = minmax_range(blocks)
+    unit = error_unit(ends)
+    lo, hi = ends if method == "mse" else find_range(blocks, fmt, method, weights)
     smallest = 0.1 if fmt.bits == 2 else 0.25  # as for integers: two bits clip most of a bell curve
     count = _RATIOS if method == "mse" else 1
     ratios = torch.linspace(1, smallest, count, dtype=blocks.dtype, device=blocks.device)[:, None, None]
     tried = stored_scale(_largest_scale(lo, hi, fmt.bits, exponent) * ratios, fmt)
-    errors = torch.empty_like(tried)
-    rows = max(1, min(len(blocks), BUFFERED // blocks.shape[1]))
-    step = max(1, BUFFERED // (rows * blocks.shape[1]))
-    for r in range(0, len(blocks), rows):
-        part, w = blocks[r : r + rows], weights[r : r + rows]
+    errors = torch.zeros_like(tried)
+    for tile in tiles(blocks.shape):
+        r, part = tile[0], blocks[tile]
+        step = max(1, BUFFERED // part.numel())
         for k in range(0, count, step):
-            scale = tried[k : k + step, r : r + rows]
-            rounded = _levels_at(_nearest(part / scale, fmt.bits, exponent), fmt.bits, exponent).mul_(scale)
-            errors[k : k + step, r : r + rows] = rounded.sub_(part).square_().mul_(w).sum(2, keepdim=True)
+            scale = tried[k : k + step, r]
+            lost = _levels_at(_nearest(part / scale, fmt.bits, exponent), fmt.bits, exponent).mul_(scale).sub_(part)
+            if unit is not None:
+                lost.mul_(unit[r])
+            lost.square_()
+            if weights is not None:
+                lost.mul_(weights[tile])
+            errors[k : k + step, r] += lost.sum(2, keepdim=True)
     least, best = errors.min(0)
-    return tried.gather(0, best[None])[0], least.sum().item()
+    return tried.gather(0, best[None])[0], _total(least, unit)
+
+
+def _total(errors: Tensor, unit: Tensor | None) -> float:
+    """The sum of errors that are each in the square of a unit; rounded alike in any."""
+    if unit is None:
+        return errors.sum().item()
+    # Squares of float32's powers of two are numbers in double precision.
+    true = errors.double() / unit.double().clamp(2.0**-500, 2.0**500).square()
+    largest = math.ldexp(1.0, math.frexp(true.max().item())[1])
+    return (true / largest).to(errors.dtype).sum().item() * largest

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from mpq.errors import FormatError
-from mpq.quantizers.blocks import checked_weights, work_dtype
+from mpq.quantizers.blocks import all_finite, checked_weights, work_dtype
 from mpq.quantizers.clips import best_of_grid, mse_range
 from mpq.quantizers.entropy import entropy_range
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.mean_ranges import magnitude_range, mean_is_best
+from mpq.quantizers.selection import LARGE, weighted_rank
 
 _CANDIDATES = 80
 _MOST_CANDIDATES = 10_000
@@ -40,6 +41,8 @@ def percentile_range(blocks: Tensor, percentile: float, own: Tensor | None = Non
         own: Which elements count, at least one of each block; None: all.
     """
     n = blocks.shape[1]
+    if n > LARGE and all_finite(blocks):
+        return _percentiles_of_large(blocks, percentile, own)
     if own is not None and not bool(own.all()):
         counts = own.sum(1, keepdim=True)
         ranks = torch.minimum((percentile / 100 * counts.double()).round().long().clamp(min=1), counts)
@@ -49,6 +52,17 @@ def percentile_range(blocks: Tensor, percentile: float, own: Tensor | None = Non
     hi = blocks.kthvalue(rank, dim=1, keepdim=True).values.to(work_dtype(blocks))
     lo = blocks.kthvalue(n + 1 - rank, dim=1, keepdim=True).values.to(work_dtype(blocks))
     return lo.clamp(max=0), hi.clamp(min=0)
+
+
+def _percentiles_of_large(blocks: Tensor, percentile: float, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    found = []
+    for row, block in enumerate(blocks):
+        weights = None if own is None else own[row]
+        n = len(block) if weights is None else int(weights.count_nonzero())
+        rank = min(n, max(1, round(percentile / 100 * n)))
+        found.append(torch.stack([weighted_rank(block, r, weights) for r in (n + 1 - rank, rank)]))
+    ends = torch.stack(found)
+    return ends[:, :1].clamp(max=0), ends[:, 1:].clamp(min=0)
 
 
 def find_range(
