@@ -316,7 +316,7 @@ def test_malformed_range_methods_are_refused(method):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("name", ["int4", "int4:g8:asym", "fp8_e4m3", "nf4:g8"])
+@pytest.mark.parametrize("name", ["int4", "int4:g8:asym", "fp8_e4m3", "nf4:g8", "mxfp4", "nvfp4"])
 def test_compiled_loops_give_the_same_bits(name):
     fmt = NumberFormat.parse(name)
     for shape in ((24, 64), (40, 32)):
@@ -330,6 +330,17 @@ def test_compiled_loops_give_the_same_bits(name):
         x[3, 3] = 1e7
         with pytest.raises(FormatError, match="stored in fp16"):
             fake_quantize(x, fmt, 0, "minmax", compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_formats_do_not_use_up_each_others_compiled_loops():
+    """Torch gives up a function after a few versions of it, without an error."""
+    x = tensor(0, (24, 64))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in ("int3:g16", "int5:g16"):
+            fmt = NumberFormat.parse(name)
+            assert torch.equal(fake_quantize(x, fmt, 0, "minmax", compile=True), plain(x, fmt))
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4:b2x8", "int8:tensor", "fp16", "mxint8", "int4:g7"])

@@ -1,8 +1,9 @@
-"""Min-max rounding as one loop made by ``torch.compile``: optional, for processes that round a lot."""
+"""Min-max rounding by loops that ``torch.compile`` makes: optional, for processes that round a lot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,45 +13,56 @@ from mpq.quantizers.blocks import work_dtype
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.grids import FloatGrid, Grid, IntGrid, TableGrid, grid_of
 from mpq.quantizers.ranges import minmax_range
-from mpq.quantizers.scales import scale_and_zero
 
-Rounding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Tables are chains of comparisons here: sixteen levels are one pass over memory, hundreds are not.
 _MOST_LEVELS = 32
 
 
-@lru_cache(64)
-def compiled(fmt: NumberFormat) -> Rounding | None:
-    """A function that rounds blocks ``[blocks, elements]`` to another tensor and returns their ends; None: no gain.
+@dataclass(frozen=True)
+class Loops:
+    """What is compiled for a format. In one loop, each few elements would make their scale anew.
 
-    It gives the same bits as `mpq.quantizers.kernels`. Its first calls take torch from seconds to a minute, and a C++
-    compiler; torch keeps on disk what it compiled.
+    Attributes:
+        ends: `minmax_range` of blocks ``[blocks, elements]``.
+        rounding: Rounds blocks, by their scales, the inverses of these and zero points ``[blocks, 1]``, to a tensor.
+    """
+
+    ends: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rounding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+@lru_cache(64)
+def compiled(fmt: NumberFormat) -> Loops | None:
+    """Loops that give the same bits as `mpq.quantizers.kernels`; None: no gain.
+
+    Their first calls take torch from seconds to a minute, and a C++ compiler; torch keeps on disk what it compiled.
 
     Args:
-        fmt: A format that is a scale times a grid, with scales in float32 or float16.
+        fmt: A format that is a scale times a grid.
     """
     grid = grid_of(fmt)
-    many = isinstance(grid, TableGrid) and len(grid.values) > _MOST_LEVELS
-    if many or fmt.scale not in ("fp32", "fp16"):
+    if isinstance(grid, TableGrid) and len(grid.values) > _MOST_LEVELS:
         return None
     middles = {dtype: _middles(grid, dtype) for dtype in (torch.float32, torch.float64)}
 
-    def rounding(blocks: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        lo, hi = minmax_range(blocks)
-        scale, zero = scale_and_zero(lo, hi, fmt, None, grid)
-        units = blocks * (1 / scale)
+    def ends(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        return minmax_range(blocks)
+
+    def rounding(blocks: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, out: Tensor) -> None:
+        units = blocks * inverse
         if isinstance(grid, IntGrid):
-            units = units.round().clamp(grid.first - zero, grid.last - zero)
+            limits = (grid.first, grid.last) if fmt.symmetric else (grid.first - zero, grid.last - zero)
+            units = units.round().clamp(*limits)
         elif isinstance(grid, FloatGrid):
             units = grid.rounded(units)
         elif isinstance(grid, TableGrid):
             units = _chained(units, grid.values, middles[units.dtype])
         out.copy_(units * scale)
-        return lo, hi
 
-    # Without emulation, float16 scales would be kept in float32.
-    made: Rounding = torch.compile(rounding, options={"emulate_precision_casts": True})
-    return made
+    for loop in (ends, rounding):
+        # What torch compiled is kept by name, and only so many shapes of each: formats must not share one.
+        loop.__code__ = loop.__code__.replace(co_name=f"{loop.__name__} {fmt.name}")
+    return Loops(torch.compile(ends), torch.compile(rounding))
 
 
 def blocks_alike(x: Tensor, out: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor] | None:

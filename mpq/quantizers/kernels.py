@@ -86,7 +86,7 @@ def fake_quantize_into(
 
 
 def fake_quantize_compiled(out: Tensor, x: Tensor, fmt: NumberFormat, channel_axis: int) -> bool:
-    """As `fake_quantize_into` with min-max ranges, by one compiled loop; False where there is none for it.
+    """As `fake_quantize_into` with min-max ranges, by compiled loops; False where there are none for it.
 
     Raises:
         FormatError: If ``x`` holds NaN or infinity.
@@ -95,12 +95,13 @@ def fake_quantize_compiled(out: Tensor, x: Tensor, fmt: NumberFormat, channel_ax
         return False  # torch.compile takes no views of one tensor of which it writes to one
     target = arranged(out, fmt, channel_axis)
     blocks = blocks_alike(arranged(x.detach(), fmt, channel_axis), target, fmt)
-    if blocks is None or (rounding := compiled(fmt)) is None:
+    if blocks is None or (loops := compiled(fmt)) is None:
         return False
     with torch.no_grad():
-        limits = rounding(*blocks)
+        limits = loops.ends(blocks[0])
         _refuse(limits, x)
-        _scales(limits, fmt, None, [])
+        scale, zero = _scales(limits, fmt, outer_scale(blocks[0], fmt), [])
+        loops.rounding(blocks[0], scale, scale.reciprocal(), zero, blocks[1])
     return True
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mpq.errors import FormatError
 from mpq.quantizers.blocks import work_dtype
 from mpq.quantizers.formats import NumberFormat
-from mpq.quantizers.grids import FloatGrid, Grid, grid_of
+from mpq.quantizers.grids import FloatGrid, grid_of
 
 _E4M3_MAX = 448.0  # the largest finite number of the fp8 that NVFP4's scales are stored in
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -31,9 +31,7 @@ def outer_scale(x: Tensor, fmt: NumberFormat) -> Tensor | None:
     return torch.where(outer > 0, outer, 1.0).reshape(1, 1)
 
 
-def scale_and_zero(
-    lo: Tensor, hi: Tensor, fmt: NumberFormat, outer: Tensor | None = None, grid: Grid | None = None
-) -> tuple[Tensor, Tensor]:
+def scale_and_zero(lo: Tensor, hi: Tensor, fmt: NumberFormat, outer: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point that make a format cover ``[lo, hi]``.
 
     Args:
@@ -41,7 +39,6 @@ def scale_and_zero(
         hi: Upper ends, at least 0, same shape.
         fmt: A format with scales.
         outer: What `outer_scale` gave.
-        grid: The format's, for compilers, which can't look it up.
 
     Returns:
         Scale (positive) and zero point (whole numbers in floating point), same shape as ``lo``. Scales are
@@ -55,7 +52,7 @@ def scale_and_zero(
         # Halves, as the whole may overflow.
         scale = stored_scale(torch.sub(hi * 0.5, lo, alpha=0.5) / ((last - first) / 2), fmt, outer)
         return scale, (-lo / scale).round_().clamp_(first, last)
-    grid = grid or grid_of(fmt)
+    grid = grid_of(fmt)
     # A grid without negative values (log2) covers what is positive.
     scale = hi / grid.high if grid.low >= 0 else torch.maximum(hi / grid.high, lo / grid.low)
     return stored_scale(scale, fmt, outer), zero
