@@ -40,6 +40,8 @@ RECIPES = (
     "lorc8",
     "qera8",
     "lorc8:gptq",
+    "svd8",
+    "svd8:gptq",
     "weighted",
     "weighted:gptq",
     "awq:weighted",

@@ -200,7 +200,7 @@ FORMATS = """
     int1 int3 int4 int8 int11 int16 int2:asym int4:tensor int4:g3 int4:b2x3 bfp4 int4:bipolar fp8_e5m2:g8 fp6_e2m3:raw
     mxfp4 mxint8 nvfp4 nf4:g64 pow2_3 post_4 ternary binary kmeans_3 nupes_3:g8 pvq_2:g4 int4:nested int8:cross
     int4:g8:progressive int4:gptq int3:g8:adaround nf4:awq int4:smooth:gptq int4:hadamard int4:lorc2 int4:qera2
-    int4:sparse5 int4:ocs10 int4:split3 fp16 bf16 fp32
+    int4:svd2:lorc1 int4:sparse5 int4:ocs10 int4:split3 fp16 bf16 fp32
     """.split()  # noqa: SIM905
 
 

@@ -28,7 +28,7 @@ from mpq.testing import prepared
 
 parse = NumberFormat.parse
 DATA = ["gptq", "adaround", "flexround", "adaquant", "awq", "smooth", "qera2", "rsq:gptq", "awq:gptq", "hadamard:gptq"]
-FREE = ["stochastic", "hadamard", "lorc2", "sparse20", "ocs10", "split3"]
+FREE = ["stochastic", "hadamard", "svd2", "lorc2", "sparse20", "ocs10", "split3"]
 
 
 def stats_of(x):
@@ -69,6 +69,7 @@ def test_steps_that_do_not_go_together_are_refused(name):
         ("int4:gptq", 0),
         ("int4:hadamard:adaround", 0),
         ("int4:lorc8", 16 * 8 * (64 + 96)),
+        ("int4:smooth:svd8", 16 * 32 + 16 * 8 * (64 + 96)),
         ("int4:qera100", 16 * 64 * (64 + 96)),  # no factor is wider than the smaller side
         ("int4:sparse5", 48 * math.ceil(0.005 * 64 * 96)),
         ("int4:awq", 16 * 32),
@@ -268,7 +269,7 @@ def test_rotation_spreads_outliers():
 
 def test_full_rank_is_exact_up_to_float16():
     weight, stats = drawn(8, 32), stats_of(correlated())
-    for recipe in ("lorc8", "qera8", "lorc100"):
+    for recipe in ("lorc8", "qera8", "lorc100", "svd8"):
         found = apply_recipe(weight, parse(f"int2:{recipe}"), 0, "mse", stats)
         torch.testing.assert_close(found, weight, rtol=0, atol=3e-3)
 
@@ -283,6 +284,21 @@ def test_low_rank_is_the_truncated_svd_and_with_statistics_better_for_outputs():
     best = torch.linalg.svdvals(e @ root)[3:].square().sum()  # Eckart and Young: no rank-3 matrix does better
     assert float(best) <= error(stats, e, weighted) <= 1.01 * float(best)
     assert error(stats, e, weighted) < 0.8 * error(stats, e, plain)
+
+
+@pytest.mark.parametrize("last", ["", ":gptq"])
+def test_what_low_rank_takes_off_is_not_rounded(last):
+    """A weight with a few large singular values and little else keeps them."""
+    generator = torch.Generator().manual_seed(0)
+    large = 20 * torch.randn(48, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+    weight, stats = large + torch.randn(48, 64, generator=generator), stats_of(correlated(width=64))
+    left, right = low_rank_factors(weight, 2)
+    product = (left.double() @ right.double()).to(weight)
+    rest = apply_recipe(weight - product, parse(f"int4{last}"), 0, "mse", stats)
+    found = apply_recipe(weight, parse(f"int4:svd2{last}"), 0, "mse", stats)
+    assert torch.equal(found, rest + product)
+    nearest, after = (apply_recipe(weight, parse(name), 0, "mse", stats) for name in ("int4", "int4:lorc2"))
+    assert (found - weight).norm() < 0.1 * min((nearest - weight).norm(), (after - weight).norm())
 
 
 # Outliers

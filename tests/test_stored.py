@@ -21,7 +21,7 @@ SCALAR = """
     """.split()  # noqa: SIM905
 OTHERS = "kmeans_2 nupes_3 pvq_2:g4 int8:cross int4:nested int4:g8:progressive".split()  # noqa: SIM905
 # Any format takes these; the others round to a grid.
-STEPS = ["hadamard", "awq", "smooth", "lorc2", "qera2", "sparse20", "sparse20:hadamard:lorc2:awq"]
+STEPS = ["hadamard", "awq", "smooth", "svd2", "lorc2", "qera2", "sparse20", "sparse20:hadamard:lorc2:awq"]
 TO_GRIDS = [
     *("gptq", "adaround", "flexround", "adaquant", "stochastic", "ocs10", "split3", "split5"),
     *("rsq:gptq", "sparse20:ocs20:hadamard:awq:lorc2:gptq", "ocs20:sparse10:smooth:split2"),

@@ -46,7 +46,8 @@ _KINDS = {"granularity": "granularities", "scale": "types of scales", "symmetric
 # Names that a number of bits comes after -> family.
 _WITH_BITS = {"int": "int"} | {f"{family}_": family for family in ("pow2", "post", "log2", "nupes", "kmeans", "pvq")}
 _TABLES = {"nf4": 4, "fp4_bnb": 4, "ternary": 2, "binary": 1}
-_RECIPE = re.compile(rf"{'|'.join(ROUNDINGS)}|hadamard|smooth|awq|rsq|weighted|(lorc|qera|split|ocs|sparse)[1-9]\d*")
+_NUMBERED = "svd|lorc|qera|split|ocs|sparse"
+_RECIPE = re.compile(rf"{'|'.join(ROUNDINGS)}|hadamard|smooth|awq|rsq|weighted|({_NUMBERED})[1-9]\d*")
 _WITH_DATA = {"adaround", "flexround", "adaquant", "gptq", "smooth", "awq", "rsq", "weighted", "qera"}
 _NAME = re.compile(r"(?P<base>[a-z]+[a-z0-9_]*?)(?P<options>(?::[a-z0-9]+)*)")
 TRITS_PER_BYTE = 5

@@ -1,4 +1,4 @@
-"""Low-rank compensation: two thin float16 factors beside a rounded weight take up the largest part of its error."""
+"""Low rank: two thin float16 factors beside a rounded weight take up the largest part of it, or of its error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mpq.quantizers.statistics import LayerStats
 def low_rank_factors(error: Tensor, rank: int, stats: LayerStats | None = None) -> tuple[Tensor, Tensor]:
     """Two float16 matrices ``[out, r] [r, in]`` whose product is the best approximation of an error ``[out, in]``.
 
-    Without statistics the error itself is approximated, by its largest singular values (LoRC: Yao et al.,
+    The error may be the weight itself, of which only the rest is rounded then (SVDQuant: Li et al., 2025). Without
+    statistics the error itself is approximated, by its largest singular values (LoRC: Yao et al.,
     ZeroQuant-V2, 2023); that costs no forward pass. With statistics the outputs' error is (QERA, Zhang et al., 2025,
     theorem 1), from the one pass that all methods share. Groups with inputs of their own share the factors, so that
     the mean of their second moments counts.

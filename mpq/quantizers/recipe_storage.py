@@ -49,7 +49,7 @@ def recipe_layout(recipe: Sequence[str], channels: int, inputs: int, positions: 
     for step in recipe:
         name, number = split_step(step)
         columns = inputs * positions
-        if name in ("lorc", "qera"):
+        if name in ("svd", "lorc", "qera"):
             rank = min(number, channels, columns)
             found[f"{name}.left"] = "float16", (channels, rank)
             found[f"{name}.right"] = "float16", (rank, columns)

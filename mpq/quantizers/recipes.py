@@ -12,6 +12,7 @@ rotated or scaled (`mpq.quantizers.basis`).
 | ``sparseN`` | the largest N of a thousand weights stay float16 | none |
 | ``ocsN`` | N of a hundred input channels are split into halves | none |
 | ``splitN`` | N clusters of weights have scales of their own | none |
+| ``svdN`` | two float16 factors of rank N are taken off the weight | none |
 | ``lorcN``, ``qeraN`` | two float16 factors of rank N take up the weight's error, the outputs' | none, one |
 | ``rsq`` | tokens count by their norms in the statistics | one |
 | ``weighted`` | ranges and codebooks for errors that count by the mean squares of their inputs | one |
@@ -280,6 +281,13 @@ def _split_clusters(setting: Setting, rest: Rounding, weight: Tensor, stats: Lay
     return Rounded(of_clusters([dequantize(q) for q in joined], packed), joined, {"split.clusters": packed})
 
 
+def _svd(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
+    """What is left without the largest singular values has fewer outliers (SVDQuant, Li et al., 2025, section 4.2)."""
+    left, right = low_rank_factors(weight, setting.number)
+    inner = rest(weight - (left.double() @ right.double()).to(weight), stats)
+    return inner.before(setting.name, setting.positions, left=left, right=right)
+
+
 def _lorc(setting: Setting, rest: Rounding, weight: Tensor, stats: LayerStats | None) -> Rounded:
     inner = rest(weight, stats)
     by_outputs = stats if setting.name == "qera" else None
@@ -300,6 +308,7 @@ STEPS: dict[str, Callable[..., Rounded]] = {
     "sparse": _sparse,
     "ocs": _ocs,
     "split": _split_clusters,
+    "svd": _svd,
     "lorc": _lorc,
     "qera": _lorc,
     "rsq": _known,

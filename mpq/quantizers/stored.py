@@ -129,6 +129,7 @@ UNDO: dict[str, Callable[[Tensor, Mapping[str, Tensor], int], Tensor]] = {
     "awq": _unscale,
     "sparse": _add_sparse,
     "ocs": _join_channels,
+    "svd": _add_low_rank,
     "lorc": _add_low_rank,
     "qera": _add_low_rank,
 }
