@@ -83,7 +83,14 @@ def allocate(
         str, typer.Option(help="anchored, influence, hessian_trace or another of mpq.sensitivity.ESTIMATORS.")
     ] = "anchored",
     loss: Annotated[str, typer.Option(help="What is protected: auto, kl or mse.")] = "auto",
+    weight_range: Annotated[
+        str, typer.Option(help="Range rule of weights: mse, minmax, percentile:P, mse:N, pnorm:P, kl, ...")
+    ] = "mse",
+    activation_range: Annotated[str, typer.Option(help="Range rule of activations; or loss, or loss:N.")] = "mse",
     max_samples: Annotated[int, typer.Option(help="Use at most about this many calibration samples.")] = 512,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what was measured: a killed run resumes from it.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
@@ -109,7 +116,10 @@ def allocate(
         runtime=runtime,
         estimator=estimator,
         loss=loss,
+        weight_range=weight_range,
+        activation_range=activation_range,
         max_samples=max_samples,
+        store=store,
         seed=seed,
     )
     print_config(config, console)

@@ -151,12 +151,15 @@ def test_allocate_from_files(tmp_path):
             f"{tmp_path}/data.npz",
             "--budget",
             "avg_bits<=4",
+            *("--weight-range", "mse:20", "--activation-range", "loss:3", "--store", str(tmp_path / "store")),
             "--out",
             str(tmp_path / "bits.json"),
         ],
     )
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "bits.json").read_text())["provenance"]["samples"] == 70
+    found = json.loads((tmp_path / "bits.json").read_text())["provenance"]
+    assert [found[k] for k in ("samples", "weight_range", "activation_range")] == [70, "mse:20", "loss:3"]
+    assert list((tmp_path / "store").rglob("*.safetensors"))
 
 
 EXAMPLE = ["allocate", "mpq.bundled:resnet20", "--calib", "mpq.bundled:calibration", "--budget"]
