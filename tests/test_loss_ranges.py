@@ -1,5 +1,7 @@
 """Activation ranges by the network's loss."""
 
+import json
+
 import pytest
 import torch
 from grouped_layers import Grouped
@@ -26,6 +28,20 @@ class Repeated(nn.Module):
 
     def forward(self, x):
         return self.head(x + self.twice(self.twice(x)))
+
+
+class Attention(nn.Module):
+    """Three layers that read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return self.head((weights @ self.v(x)).mean(1))
 
 
 NETS = [(Grouped, (3, 10, 10)), (Repeated, (8,))]
@@ -130,6 +146,46 @@ def test_inputs_that_are_smoothed_have_ranges_in_their_basis():
         assert all(s == pytest.approx(shares[0]) for s in shares)
         assert min(abs(s - shares[0]) for s in torch.linspace(1, least_share(fmt), 5).tolist()) < 1e-6
         assert layer.name == "head" or ends != (plain.lo, plain.hi)
+
+
+def test_layers_that_read_one_tensor_share_its_clip():
+    """The one after which the loss rises least when all of them read it rounded; runtimes round it once for all."""
+    net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
+    analysis = analysed(net, x, "W8A4,W4A8,W8:hadamardA4", "loss:8")
+    plain = analysed(net, x, "W8A4,W4A8,W8:hadamardA4", "mse").provenance["forward_passes"]
+    assert analysis.provenance["forward_passes"] == plain + 1 + 2 * 3 * 8
+    lo, hi = x.min().item(), x.max().item()
+    for scheme in analysis.space.schemes:
+        chosen = {analysis.ranges[name, str(scheme)] for name in "qkv"}
+        assert len(chosen) == 1
+        if scheme.activation.recipe:
+            continue
+        with torch.no_grad():
+            reference, losses = net(x).log_softmax(1), {}
+            for share in torch.linspace(1, least_share(scheme.activation), 8).tolist():
+                ends = lo * share, hi * share
+                found = net(fake_quantize_static(x, scheme.activation, *ends)).log_softmax(1)
+                losses[ends] = float((reference.exp() * (reference - found)).sum())
+        assert chosen.pop() == pytest.approx(min(losses, key=losses.__getitem__))
+
+
+def test_smoothed_inputs_of_one_tensor_are_other_tensors():
+    net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
+    by_loss = analysed(net, x, "W8:smoothA4", "loss:2").provenance["forward_passes"]
+    plain = analysed(net, x, "W8:smoothA4", "mse").provenance["forward_passes"]
+    assert by_loss == plain + 1 + 4 * 2
+
+
+def test_ranges_by_loss_are_exported_where_layers_read_one_tensor(tmp_path):
+    pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
+    net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
+    config = analysed(net, x, "W4A8", "loss", runtime="aimet").uniform("W4A8")
+    path = tmp_path / "net.encodings"
+    mpq.export(config, "aimet", path, net, sample=x[:1])
+    encodings = json.loads(path.read_text())["activation_encodings"]
+    lo, hi = config["q"].activation_range
+    scale = next(e["scale"] for e in encodings if e["name"] == "input")
+    assert scale == pytest.approx([(hi - lo) / 255])
 
 
 # What is refused
