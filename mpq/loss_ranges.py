@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, compress
 from typing import NamedTuple
 
 from mpq.apply import InputQuantizer
@@ -13,6 +13,7 @@ from mpq.errors import DataError, FormatError
 from mpq.layers import LayerSpec
 from mpq.losses import OutputLoss
 from mpq.progress import progress_bar
+from mpq.quantizers import Scheme
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.loss_aware import best_clip, clip_shares
 from mpq.quantizers.ranges import loss_candidates
@@ -37,6 +38,7 @@ def choose_ranges(
     a time, for all layers that read it in this format and basis, as a runtime does it once for all: they share a clip.
     All else is float, so that no order matters and what runs before these layers is not computed again
     (`mpq.sensitivity.prefix`). Among clips with the same loss the widest wins.
+    Of schemes that a layer may not have no loss is measured: estimators that ask for them all get the whole range.
 
     Args:
         view: The model.
@@ -54,10 +56,11 @@ def choose_ranges(
         FormatError: If an input has negative numbers and the format has none.
     """
     candidates = loss_candidates(bank.activation_range)
-    tensors = {} if candidates is None else _tensors(space, bank)
-    if candidates is None or not tensors:
+    if candidates is None:
         return 0.0
-    batches = _first(data)
+    chosen = {(x.name, fmt): bank.ends(x, fmt) for x in space.layers for fmt in _calibrated(x, space.schemes)}
+    tensors = _tensors(space, chosen)
+    batches = _first(data) if tensors else []
     rises = {key: dict.fromkeys(clip_shares(key.fmt, candidates), 0.0) for key in tensors}
 
     def measured(batch: Batch) -> Iterator[None]:
@@ -78,7 +81,6 @@ def choose_ranges(
     steps = (step for batch in batches for step in measured(batch))  # one batch's outputs in memory at a time
     for _ in progress_bar(steps, "activation ranges by loss", progress, len(batches) * len(tensors)):
         pass
-    chosen: dict[tuple[str, NumberFormat], Range] = {}
     for key, layers in tensors.items():
         try:
             share = best_clip(key.fmt, candidates, rises[key].__getitem__)
@@ -107,17 +109,18 @@ class _Input(NamedTuple):
         return self.ends[0] * share, self.ends[1] * share
 
 
-def _tensors(space: SearchSpace, bank: QuantizerBank) -> dict[_Input, list[LayerSpec]]:
-    """Tensors and formats with the layers that read them so."""
+def _tensors(space: SearchSpace, ends: Mapping[tuple[str, NumberFormat], Range]) -> dict[_Input, list[LayerSpec]]:
+    """Tensors and formats with the layers that read them so, of allowed schemes."""
     found: dict[_Input, list[LayerSpec]] = {}
-    for layer in space.layers:
-        for fmt in _calibrated(layer, space):
-            found.setdefault(_Input(layer.source, fmt, bank.ends(layer, fmt)), []).append(layer)
+    for group, allowed in zip(space.groups, space.allowed, strict=True):
+        for layer in group.layers:
+            for fmt in _calibrated(layer, compress(space.schemes, allowed)):
+                found.setdefault(_Input(layer.source, fmt, ends[layer.name, fmt]), []).append(layer)
     return found
 
 
-def _calibrated(layer: LayerSpec, space: SearchSpace) -> list[NumberFormat]:
-    formats = (layer_scheme(layer, s).activation for s in space.schemes)
+def _calibrated(layer: LayerSpec, schemes: Iterable[Scheme]) -> list[NumberFormat]:
+    formats = (layer_scheme(layer, s).activation for s in schemes)
     return list(dict.fromkeys(fmt for fmt in formats if fmt is not None and fmt.calibrated))
 
 

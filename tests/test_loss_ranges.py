@@ -176,6 +176,27 @@ def test_smoothed_inputs_of_one_tensor_are_other_tensors():
     assert by_loss == plain + 1 + 4 * 2
 
 
+@pytest.mark.parametrize("estimator", ["perturbation", "influence", "weight_sqnr"])
+def test_schemes_that_a_layer_may_not_have_cost_nothing(estimator):
+    """Estimators score them all the same, with whole ranges."""
+    net, x = Repeated().eval(), torch.cat(batches((8,)))
+
+    def run(rule):
+        return mpq.analyze(
+            net, x, "W8A4,W4A8", estimator=estimator, activation_range=rule, pin={"head": "W8A6"}, progress=False
+        )
+
+    found, whole = run("loss:5"), run("minmax")
+    cost = found.provenance["forward_passes"] - whole.provenance["forward_passes"]
+    assert cost == 1 + (2 + 1) * 5
+    for layer, group in (("twice.0", 0), ("head", 1)):
+        for s, scheme in enumerate(found.space.schemes):
+            if not found.space.allowed[group, s]:
+                assert found.ranges[layer, str(scheme)] == whole.ranges[layer, str(scheme)]
+    assert found.ranges["twice.0", "W8A4"] == analysed(net, x, "W8A4").ranges["twice.0", "W8A4"]
+    assert found.ranges["head", "W8A6"] == analysed(net, x, "W8A6").ranges["head", "W8A6"]
+
+
 def test_ranges_by_loss_are_exported_where_layers_read_one_tensor(tmp_path):
     pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
     net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
