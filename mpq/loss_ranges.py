@@ -43,7 +43,8 @@ def choose_ranges(
     Args:
         view: The model.
         space: Layers and schemes.
-        data: Calibration data. Ends are those of all samples, losses those of the first batches with 64 samples.
+        data: Calibration data. Ends are those of all samples, losses those of the first whole batches with at
+            least 64 samples, or of all if there are fewer.
         bank: Has observed the data.
         loss: What is protected.
         progress: Show a bar.

@@ -119,6 +119,12 @@ def test_cost_is_counted_and_nothing_is_left_to_chance(case):
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
+def test_batches_are_taken_whole():
+    net, (x, *_) = Repeated().eval(), batches((8,), 1, 96)
+    first, plain = (analysed(net, x, "W8A8", rule).provenance["forward_passes"] for rule in ("loss:5", "mse"))
+    assert first == plain + 1 + 2 * 5
+
+
 def test_configs_hold_the_ranges_and_formats_without_one_are_left_alone(case, tmp_path):
     net, calib = case
     analysis = analysed(net, calib, "W8A4,W8A8:token,W8,W8A16")
