@@ -218,7 +218,7 @@ def test_ranges_by_loss_are_exported_where_layers_read_one_tensor(tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("rule", ["loss:1", "loss:", "loss:x", "loss:-3", "loss:20000"])
+@pytest.mark.parametrize("rule", ["loss:1", "loss:", "loss:x", "loss:-3", "loss:20000", "loss:\u0663"])
 def test_numbers_of_clips_that_make_no_sense_are_refused(rule):
     with pytest.raises(FormatError, match=r"loss:N tries N clips, 2 to 10,000, unlike 'loss"):
         analysed(Repeated().eval(), batches((8,)), rule=rule)
