@@ -87,8 +87,9 @@ def analyze(
             searched too, since the tensor is quantized once.
         weight_range: Range rule of weights, see `mpq.quantizers.find_range`.
         activation_range: Range rule of activations; or ``loss``: the clip of each layer's input, out of 8 (``loss:N``:
-            out of N), after which the protected loss rises least (PD-Quant, see `mpq.loss_ranges`). For each layer and
-            activation format that costs as many forward passes over 64 samples, the last part of them.
+            out of N), after which the protected loss rises least (PD-Quant, see `mpq.loss_ranges`). For each input and
+            activation format that is 8 (N) forward passes, from the layer on that reads it, over the first whole
+            batches with at least 64 samples.
         max_samples: Use at most about this many samples (whole batches); None takes all.
         forward: ``(model, batch) -> output`` where batches are not what the model's ``forward`` takes.
         runtime: Name in `mpq.export.RUNTIMES`, such as ``"vllm"``: only what that tool can load is searched.

@@ -1,5 +1,7 @@
 """Activation ranges by the network's loss."""
 
+import json
+
 import pytest
 import torch
 from grouped_layers import Grouped
@@ -26,6 +28,20 @@ class Repeated(nn.Module):
 
     def forward(self, x):
         return self.head(x + self.twice(self.twice(x)))
+
+
+class Attention(nn.Module):
+    """Three layers that read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return self.head((weights @ self.v(x)).mean(1))
 
 
 NETS = [(Grouped, (3, 10, 10)), (Repeated, (8,))]
@@ -103,6 +119,12 @@ def test_cost_is_counted_and_nothing_is_left_to_chance(case):
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
+def test_batches_are_taken_whole():
+    net, (x, *_) = Repeated().eval(), batches((8,), 1, 96)
+    first, plain = (analysed(net, x, "W8A8", rule).provenance["forward_passes"] for rule in ("loss:5", "mse"))
+    assert first == plain + 1 + 2 * 5
+
+
 def test_configs_hold_the_ranges_and_formats_without_one_are_left_alone(case, tmp_path):
     net, calib = case
     analysis = analysed(net, calib, "W8A4,W8A8:token,W8,W8A16")
@@ -132,10 +154,71 @@ def test_inputs_that_are_smoothed_have_ranges_in_their_basis():
         assert layer.name == "head" or ends != (plain.lo, plain.hi)
 
 
+def test_layers_that_read_one_tensor_share_its_clip():
+    """The one after which the loss rises least when all of them read it rounded; runtimes round it once for all."""
+    net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
+    analysis = analysed(net, x, "W8A4,W4A8,W8:hadamardA4", "loss:8")
+    plain = analysed(net, x, "W8A4,W4A8,W8:hadamardA4", "mse").provenance["forward_passes"]
+    assert analysis.provenance["forward_passes"] == plain + 1 + 2 * 3 * 8
+    lo, hi = x.min().item(), x.max().item()
+    for scheme in analysis.space.schemes:
+        chosen = {analysis.ranges[name, str(scheme)] for name in "qkv"}
+        assert len(chosen) == 1
+        if scheme.activation.recipe:
+            continue
+        with torch.no_grad():
+            reference, losses = net(x).log_softmax(1), {}
+            for share in torch.linspace(1, least_share(scheme.activation), 8).tolist():
+                ends = lo * share, hi * share
+                found = net(fake_quantize_static(x, scheme.activation, *ends)).log_softmax(1)
+                losses[ends] = float((reference.exp() * (reference - found)).sum())
+        assert chosen.pop() == pytest.approx(min(losses, key=losses.__getitem__))
+
+
+def test_smoothed_inputs_of_one_tensor_are_other_tensors():
+    net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
+    by_loss = analysed(net, x, "W8:smoothA4", "loss:2").provenance["forward_passes"]
+    plain = analysed(net, x, "W8:smoothA4", "mse").provenance["forward_passes"]
+    assert by_loss == plain + 1 + 4 * 2
+
+
+@pytest.mark.parametrize("estimator", ["perturbation", "influence", "weight_sqnr"])
+def test_schemes_that_a_layer_may_not_have_cost_nothing(estimator):
+    """Estimators score them all the same, with whole ranges."""
+    net, x = Repeated().eval(), torch.cat(batches((8,)))
+
+    def run(rule):
+        return mpq.analyze(
+            net, x, "W8A4,W4A8", estimator=estimator, activation_range=rule, pin={"head": "W8A6"}, progress=False
+        )
+
+    found, whole = run("loss:5"), run("minmax")
+    cost = found.provenance["forward_passes"] - whole.provenance["forward_passes"]
+    assert cost == 1 + (2 + 1) * 5
+    for layer, group in (("twice.0", 0), ("head", 1)):
+        for s, scheme in enumerate(found.space.schemes):
+            if not found.space.allowed[group, s]:
+                assert found.ranges[layer, str(scheme)] == whole.ranges[layer, str(scheme)]
+    assert found.ranges["twice.0", "W8A4"] == analysed(net, x, "W8A4").ranges["twice.0", "W8A4"]
+    assert found.ranges["head", "W8A6"] == analysed(net, x, "W8A6").ranges["head", "W8A6"]
+
+
+def test_ranges_by_loss_are_exported_where_layers_read_one_tensor(tmp_path):
+    pytest.importorskip("onnx", reason="pip install 'mpq[export-onnx]'")
+    net, x = Attention().eval(), inputs(64, 6, 16, seed=1) ** 3
+    config = analysed(net, x, "W4A8", "loss", runtime="aimet").uniform("W4A8")
+    path = tmp_path / "net.encodings"
+    mpq.export(config, "aimet", path, net, sample=x[:1])
+    encodings = json.loads(path.read_text())["activation_encodings"]
+    lo, hi = config["q"].activation_range
+    scale = next(e["scale"] for e in encodings if e["name"] == "input")
+    assert scale == pytest.approx([(hi - lo) / 255])
+
+
 # What is refused
 
 
-@pytest.mark.parametrize("rule", ["loss:1", "loss:", "loss:x", "loss:-3", "loss:20000"])
+@pytest.mark.parametrize("rule", ["loss:1", "loss:", "loss:x", "loss:-3", "loss:20000", "loss:\u0663"])
 def test_numbers_of_clips_that_make_no_sense_are_refused(rule):
     with pytest.raises(FormatError, match=r"loss:N tries N clips, 2 to 10,000, unlike 'loss"):
         analysed(Repeated().eval(), batches((8,)), rule=rule)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from random_tensors import tensor
 
 from mpq import NumberFormat
+from mpq.errors import FormatError
 from mpq.quantizers import blocks, dequantize, nupes, quantize
 from mpq.quantizers.nupes import power_levels
 
@@ -64,3 +65,24 @@ def test_large_blocks_are_worked_on_in_stretches(monkeypatch):
             assert torch.equal(parts.codes, whole.codes)
             assert torch.equal(parts.scale, whole.scale)
             assert torch.equal(dequantize(parts), dequantize(whole))
+
+
+@pytest.mark.parametrize("name", ["nupes_4", "nupes_2:tensor", "nupes_3:g8:p2"])
+def test_scales_that_are_not_stored_are_refused(name):
+    fmt, x = NumberFormat.parse(name), tensor(6, (4, 48), torch.float64, power=2)
+    for method in ("mse", "minmax"):
+        with pytest.raises(FormatError, match=rf"scales of {name} are stored in .* but .*e\+1\d\d is needed"):
+            quantize(x * 2.0**400, fmt, 0, method)
+        quantize(x * 2.0**100, fmt, 0, method)
+    with pytest.raises(FormatError, match="scales of nupes_3:g8 are stored in fp16, which ends at 65504, but"):
+        quantize(x.float() * 2.0**20, NumberFormat.parse("nupes_3:g8"))
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile:98"])
+def test_ranges_are_found_once_for_all_exponents(monkeypatch, method):
+    calls = []
+    for finder in ("minmax_range", "find_range"):
+        real = getattr(nupes, finder)
+        monkeypatch.setattr(nupes, finder, lambda *args, real=real, own=finder: calls.append(own) or real(*args))
+    quantize(tensor(7, (4, 48)), NumberFormat.parse("nupes_4"), 0, method)
+    assert max(calls.count(finder) for finder in set(calls)) <= 2  # of the sample and of all

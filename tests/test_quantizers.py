@@ -105,7 +105,13 @@ def test_percentile_clips_the_tails():
     assert (lo.item(), hi.item()) == (-500, 500)  # ranks 501 and 1500 of 2000
 
 
-@pytest.mark.parametrize("method", ["median", "percentile", "percentile:x", "percentile:50", "percentile:101"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("median", "percentile", "percentile:x", "percentile:50", "percentile:101"),
+        *("percentile:\u0669\u0669", "percentile:9_9", "percentile: 99", "pnorm:\u0662", "mse:\u0669", "mse:1e2"),
+    ],
+)
 def test_unknown_range_methods_are_refused(method):
     with pytest.raises(FormatError, match="unknown range method"):
         fake_quantize(tensor(0), NumberFormat.parse("int4"), method=method)

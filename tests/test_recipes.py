@@ -121,11 +121,13 @@ def test_enough_bits_leave_the_weight_alone():
         ("int4:sparse5", 1e5, "a weight of sparse5"),
         ("int4:lorc2", 1e15, "a low-rank factor"),
         ("int4:qera2", 1e15, "a low-rank factor"),
+        ("int4:svd2", 1e11, "a low-rank factor"),
     ],
 )
 def test_what_float16_does_not_hold_is_refused_by_name(name, unit, what):
     weight = drawn(8, 32) * unit
-    with pytest.raises(FormatError, match=f"^{what} is .*, but float16, which it is kept in, ends at 65504"):
+    advice = "; leave the low-rank step out of the recipe" if what == "a low-rank factor" else ""
+    with pytest.raises(FormatError, match=f"^{what} is .*, but float16, which it is kept in, ends at 65504{advice}$"):
         round_weight(weight, parse(name), "mse", stats_of(correlated()))
     net = nn.Sequential(nn.Linear(32, 8)).double()
     net[0].weight.data = weight

@@ -8,6 +8,7 @@ from grouped_layers import Grouped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_tensors import drawn, inputs
+from torch import nn
 
 import mpq
 from mpq import NumberFormat, Scheme
@@ -115,6 +116,15 @@ def test_it_needs_data(net):
     config = uniform(model, calib, "W3:weighted")
     with pytest.raises(FormatError, match=r"layer 'first': int3:weighted .* pass calib="):
         mpq.quantize(model, config)
+
+
+@pytest.mark.parametrize("scheme", ["W4:weighted", "W4:hadamard:weighted", "W4:gptq", "W4:qera2"])
+def test_inputs_whose_squares_overflow_are_the_cause_that_is_named(scheme):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    uniform(model, [inputs(64, 16) * 1e18], scheme)
+    with pytest.raises(FormatError, match=r"layer '0': the second moments of the inputs overflow float32; scale .*"):
+        uniform(model, [inputs(64, 16) * 1e20], scheme)
 
 
 # Against brute force

@@ -9,6 +9,7 @@ integers, negative codes go one further than positive ones; the papers leave tha
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mpq.quantizers.blocks import BUFFERED, from_blocks, tiles, weighted_blocks
 from mpq.quantizers.clips import error_unit
 from mpq.quantizers.formats import NumberFormat
 from mpq.quantizers.ranges import find_range, minmax_range
-from mpq.quantizers.scales import stored_scale
+from mpq.quantizers.scales import refuse_beyond, stored_scale
 from mpq.quantizers.tensors import QuantizedTensor
 
 _SAMPLED = 2**16  # elements that the exponent is searched on
@@ -31,7 +32,9 @@ def quantize(
     """As `mpq.quantizers.tensors.quantize`; the exponent, a float32 number, is in ``outer``. Zero stays zero."""
     blocks, weights = weighted_blocks(x, fmt, channel_axis, importance)
     exponent = _find_exponent(blocks, fmt, method, weights)
-    scale, _ = _find_scale(blocks, fmt, method, weights, exponent)
+    needed, _ = _find_scale(_with_ends(blocks, fmt, method, weights), fmt, exponent)
+    refuse_beyond(needed, fmt)
+    scale = stored_scale(needed, fmt)
     codes = torch.empty(blocks.shape, dtype=torch.int8, device=x.device)
     for tile in tiles(blocks.shape):
         codes[tile] = _nearest(blocks[tile] / scale[tile[0]], fmt.bits, exponent)
@@ -81,10 +84,11 @@ def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tens
     # An odd stride meets all columns of a weight; a few blocks are taken before any block is thinned.
     columns = -(-blocks.shape[1] // _SAMPLED) | 1
     rows = max(1, len(blocks) * (blocks.shape[1] // columns) // _SAMPLED) | 1
-    part, w = blocks[::rows, ::columns], None if weights is None else weights[::rows, ::columns]
+    w = None if weights is None else weights[::rows, ::columns]
+    part = _with_ends(blocks[::rows, ::columns], fmt, method, w)
 
     def error(exponent: float) -> float:
-        return _find_scale(part, fmt, method, w, part.new_tensor(exponent))[1]
+        return _find_scale(part, fmt, blocks.new_tensor(exponent))[1]
 
     low, high = _EXPONENTS
     step = (high - low) / 8
@@ -99,32 +103,54 @@ def _find_exponent(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tens
     return blocks.new_tensor(min(errors, key=errors.__getitem__)).float().to(blocks.dtype)
 
 
-def _find_scale(
-    blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor | None, exponent: Tensor
-) -> tuple[Tensor, float]:
-    """Scale ``[blocks, 1]``, as it is stored, and the error of all; by ``mse`` the best of ratios to the largest."""
+class _Blocks(NamedTuple):
+    """Blocks and what does not depend on the exponent.
+
+    Attributes:
+        values: ``[blocks, elements]``.
+        weights: Of their errors; None: all alike.
+        lo: Lower ends that scales are to cover, ``[blocks, 1]``.
+        hi: Upper ends.
+        unit: What errors are counted in, see `error_unit`.
+        ratios: Of scales tried to those that cover the ends, ``[K, 1, 1]``.
+    """
+
+    values: Tensor
+    weights: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    unit: Tensor | None
+    ratios: Tensor
+
+
+def _with_ends(blocks: Tensor, fmt: NumberFormat, method: str, weights: Tensor | None) -> _Blocks:
     ends = minmax_range(blocks)
-    unit = error_unit(ends)
     lo, hi = ends if method == "mse" else find_range(blocks, fmt, method, weights)
     smallest = 0.1 if fmt.bits == 2 else 0.25  # as for integers: two bits clip most of a bell curve
     count = _RATIOS if method == "mse" else 1
     ratios = torch.linspace(1, smallest, count, dtype=blocks.dtype, device=blocks.device)[:, None, None]
-    tried = stored_scale(_largest_scale(lo, hi, fmt.bits, exponent) * ratios, fmt)
+    return _Blocks(blocks, weights, lo, hi, error_unit(ends), ratios)
+
+
+def _find_scale(own: _Blocks, fmt: NumberFormat, exponent: Tensor) -> tuple[Tensor, float]:
+    """Scale ``[blocks, 1]`` before it is stored, and the error of all; by ``mse`` the best of the ratios."""
+    needed = _largest_scale(own.lo, own.hi, fmt.bits, exponent) * own.ratios
+    tried = stored_scale(needed, fmt)
     errors = torch.zeros_like(tried)
-    for tile in tiles(blocks.shape):
-        r, part = tile[0], blocks[tile]
+    for tile in tiles(own.values.shape):
+        r, part = tile[0], own.values[tile]
         step = max(1, BUFFERED // part.numel())
-        for k in range(0, count, step):
+        for k in range(0, len(tried), step):
             scale = tried[k : k + step, r]
             lost = _levels_at(_nearest(part / scale, fmt.bits, exponent), fmt.bits, exponent).mul_(scale).sub_(part)
-            if unit is not None:
-                lost.mul_(unit[r])
+            if own.unit is not None:
+                lost.mul_(own.unit[r])
             lost.square_()
-            if weights is not None:
-                lost.mul_(weights[tile])
+            if own.weights is not None:
+                lost.mul_(own.weights[tile])
             errors[k : k + step, r] += lost.sum(2, keepdim=True)
     least, best = errors.min(0)
-    return tried.gather(0, best[None])[0], _total(least, unit)
+    return needed.gather(0, best[None])[0], _total(least, own.unit)
 
 
 def _total(errors: Tensor, unit: Tensor | None) -> float:

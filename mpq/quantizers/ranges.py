@@ -6,6 +6,7 @@ A block is the set of elements that share one scale; tensors arrive as ``[blocks
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mpq.quantizers.selection import LARGE, weighted_rank
 
 _CANDIDATES = 80
 _MOST_CANDIDATES = 10_000
+_NUMBER = re.compile(r"[-+0-9.eE]+")  # as configs have it; Python reads 9_9, spaces and other alphabets' digits too
 _BY_LOSS = 8  # each costs forward passes
 
 
@@ -137,7 +139,7 @@ def loss_candidates(method: str) -> int | None:
     name, colon, text = method.partition(":")
     if name != "loss":
         return None
-    count = int(text) if text.isdecimal() else 0
+    count = int(text) if text.isascii() and text.isdecimal() else 0
     if colon and not 2 <= count <= _MOST_CANDIDATES:
         raise FormatError(f"loss:N tries N clips, 2 to {_MOST_CANDIDATES:,}, unlike {method!r}")
     return count if colon else _BY_LOSS
@@ -151,7 +153,7 @@ def parse_range_method(method: str) -> tuple[str, float]:
     """
     name, colon, text = method.partition(":")
     try:
-        value = float(text) if colon else math.nan
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
     except ValueError:
         value = math.nan
     known = {

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mpq.errors import FormatError
+from mpq.quantizers.blocks import all_finite
+
 _LEAST_DAMPING = 0.01
 
 
@@ -42,9 +45,11 @@ class LayerStats:
 
         Args:
             damping: The constant, as a share of the diagonal's median; None: inputs over rows, at least 0.01.
+
+        Raises:
+            FormatError: If the second moments overflow.
         """
-        h = self.hessian.double()
-        diagonal = h.diagonal(dim1=1, dim2=2)
+        h, diagonal = self.hessian.double(), self._mean_squares().double()
         share = max(_LEAST_DAMPING, h.shape[1] / self.rows) if damping is None else damping
         usual = torch.where(diagonal.median(1).values > 0, diagonal.median(1).values, diagonal.mean(1))
         # Inputs that never were anything but zero: rounding is as if all inputs were alike.
@@ -70,10 +75,24 @@ class LayerStats:
 
         Returns:
             ``[channels, in]``; ``[1, in]`` where all have the same inputs.
+
+        Raises:
+            FormatError: If the second moments overflow.
         """
-        squares = self.hessian.diagonal(dim1=1, dim2=2).clamp(min=0)
+        squares = self._mean_squares().clamp(min=0)
         squares = squares / squares.amax().clamp(min=torch.finfo(squares.dtype).tiny)
         return squares if self.groups == 1 else squares.repeat_interleave(channels // self.groups, 0)
+
+    def _mean_squares(self) -> Tensor:
+        """Of each input ``[groups, in]``, finite."""
+        squares = self.hessian.diagonal(dim1=1, dim2=2)
+        if not all_finite(squares):
+            dtype = str(squares.dtype).removeprefix("torch.")
+            raise FormatError(
+                f"the second moments of the inputs overflow {dtype}; scale the inputs down, or choose a format that "
+                "does not look at them"
+            )
+        return squares
 
     def scaled(self, factor: Tensor) -> LayerStats:
         """Statistics of inputs times a factor ``[in]``."""
