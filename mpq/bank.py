@@ -19,7 +19,7 @@ from mpq.progress import progress_bar
 from mpq.quantizers import NumberFormat, Scheme
 from mpq.quantizers.basis import InputBasis
 from mpq.quantizers.observers import ActivationObserver
-from mpq.quantizers.ranges import loss_candidates, parse_range_method
+from mpq.quantizers.ranges import check_rule, loss_candidates, parse_range_method
 from mpq.quantizers.recipes import round_weight
 from mpq.quantizers.statistics import LayerStats
 from mpq.quantizers.stored import StoredWeight
@@ -339,7 +339,13 @@ class QuantizerBank:
         """Quantize all weights now, so that a bad format fails before long work and progress is seen."""
         schemes = tuple(schemes)
         formats = tuple(dict.fromkeys(s.weight for s in schemes))
-        self._input_steps |= {a.recipe for s in schemes if (a := s.activation) is not None and a.recipe}
+        inputs = [a for s in schemes if (a := s.activation) is not None]
+        for fmt in formats:
+            check_rule(fmt, self.weight_range)
+        for fmt in inputs:
+            if fmt.calibrated and loss_candidates(self.activation_range) is None:
+                check_rule(fmt, self.activation_range)
+        self._input_steps |= {a.recipe for a in inputs if a.recipe}
         coded = [fmt for fmt in formats if fmt.granularity != "none" and not fmt.recipe]
         for layer in progress_bar(list(self.graph), "weights", progress):
             missing = [fmt for fmt in coded if (layer.storage, fmt) not in self._weights]

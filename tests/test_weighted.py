@@ -97,16 +97,30 @@ def test_what_it_does_not_go_with_is_refused(name, says):
         Scheme.parse("W4A8:weighted")
 
 
-def test_range_rules_that_minimise_nothing_are_refused_by_layer(net):
+def test_range_rules_that_minimise_nothing_are_refused(net):
     weight, stats = drawn(4, 8), stats_of(uneven())
     for method, name in (("minmax", "int4"), ("percentile:99", "nf4"), ("absmean", "ternary"), ("mse", "mxfp4")):
-        with pytest.raises(FormatError, match=f"of {name} {method} ranges minimise none; use mse:N"):
+        with pytest.raises(FormatError, match=f"{method} ranges of {name} minimise none: use mse:N"):
             round_weight(weight, parse(f"{name}:weighted"), method, stats)
-    model, calib = net
-    with pytest.raises(FormatError, match=r"layer 'first': int4:weighted weighs the errors .* minmax"):
-        uniform(model, calib, "W4:weighted", weight_range="minmax")
     for method, name in (("minmax", "kmeans_3"), ("minmax", "pvq_2"), ("mse:5", "mxfp4"), ("kl", "int4")):
         round_weight(weight, parse(f"{name}:weighted"), method, stats)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("W4:weighted", {"weight_range": "minmax"}, "int4:weighted weighs the errors .* minmax ranges of int4"),
+        ("Wmxfp4:weightedA8", {}, "mxfp4:weighted weighs the errors .* mse ranges of mxfp4"),
+        ("W3A8", {"weight_range": "absmedian"}, "absmedian ranges are for ternary and binary formats, not for int3"),
+        ("W3A8", {"activation_range": "absmean"}, "absmean ranges are for ternary .* not for int8:tensor:asym"),
+    ],
+)
+def test_rules_that_no_format_goes_with_are_refused_before_any_work(net, monkeypatch, scheme, options, message):
+    model, calib = net
+    monkeypatch.setattr("mpq.bank.gather", lambda *args: pytest.fail("statistics were gathered"))
+    monkeypatch.setattr("mpq.bank.QuantizerBank.observe", lambda *args: pytest.fail("ranges were observed"))
+    with pytest.raises(FormatError, match=message):
+        uniform(model, calib, scheme, **options)
 
 
 def test_it_needs_data(net):

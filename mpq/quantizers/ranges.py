@@ -16,6 +16,7 @@ from mpq.quantizers.blocks import all_finite, checked_weights, work_dtype
 from mpq.quantizers.clips import best_of_grid, mse_range
 from mpq.quantizers.entropy import entropy_range
 from mpq.quantizers.formats import NumberFormat
+from mpq.quantizers.legality import fitted
 from mpq.quantizers.mean_ranges import magnitude_range, mean_is_best
 from mpq.quantizers.selection import LARGE, weighted_rank
 
@@ -123,7 +124,22 @@ def find_range(
     return best_of_grid(blocks, ends, fmt, _CANDIDATES, value, importance, outer)
 
 
-def minimises_error(fmt: NumberFormat, method: str) -> bool:
+def check_rule(fmt: NumberFormat, method: str) -> None:
+    """Refuse a rule that finds no range for a format, before there are tensors.
+
+    Raises:
+        FormatError: Naming the format.
+    """
+    if "weighted" in fmt.recipe and not _minimises_error(fmt, method):
+        raise FormatError(
+            f"{fmt.name} weighs the errors that a range is to minimise; {method} ranges of {fmt.base} minimise none: "
+            "use mse:N, pnorm:P or kl as weight_range, or leave weighted out"
+        )
+    if fmt.granularity not in ("none", "cross") and not fitted(fmt):
+        find_range(torch.ones(1, 2), fmt, method)
+
+
+def _minimises_error(fmt: NumberFormat, method: str) -> bool:
     """Whether the errors that a range or what is fitted in its place is to minimise may have weights."""
     if fmt.family in ("kmeans", "pvq"):  # the rule has no say
         return True
@@ -173,6 +189,6 @@ def parse_range_method(method: str) -> tuple[str, float]:
     if not known.get(name):
         raise FormatError(
             f"unknown range method {method!r}; use mse, mse:N with N clips, minmax, percentile:P with 50 < P <= 100, "
-            "pnorm:P with P > 0, kl, absmean or absmedian"
+            "pnorm:P with P > 0, kl, absmean or absmedian; for activations also loss or loss:N"
         )
     return name, value

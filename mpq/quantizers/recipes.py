@@ -45,7 +45,7 @@ from mpq.quantizers.hadamard import hadamard_rotation, rotate, rotate_stats
 from mpq.quantizers.lowrank import low_rank_factors
 from mpq.quantizers.outliers import channels_to_split, clusters, largest_elements
 from mpq.quantizers.packing import pack
-from mpq.quantizers.ranges import minimises_error
+from mpq.quantizers.ranges import check_rule
 from mpq.quantizers.recipe_storage import cluster_bits, matrix_of, split_step
 from mpq.quantizers.statistics import LayerStats
 from mpq.quantizers.stored import UNDO, StoredWeight, column_scales, of_clusters, split_columns
@@ -165,11 +165,7 @@ def round_weight(
         return StoredWeight(fmt, shape, (quantize(weight, fmt, 0, method),), {})
     if fmt.needs_data and stats is None:
         raise FormatError(f"{fmt.name} needs calibration data: statistics of the layer's inputs")
-    if "weighted" in fmt.recipe and not minimises_error(fmt, method):
-        raise FormatError(
-            f"{fmt.name} weighs the errors that a range is to minimise, but of {fmt.base} {method} ranges minimise "
-            "none; use mse:N, pnorm:P or kl"
-        )
+    check_rule(fmt, method)
     rows = to_rows(weight.detach())
     rows = rows.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     # Some steps would take NaN for an outlier, and store it.
