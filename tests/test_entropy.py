@@ -124,6 +124,24 @@ def test_weights_of_elements_are_counts(name):
     assert (ratios[found.argmin(0)] == chosen).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_large_blocks_are_counted_in_stretches(weighted, monkeypatch):
+    x, weights = tensor(5, (3, 1000)), (tensor(6, (3, 1000)).abs() * 4).round() if weighted else None
+    ends = minmax_range(x)
+    whole = entropy._histogram(x, *ends, weights)
+    monkeypatch.setattr(entropy, "BUFFERED", 64)
+    assert all(map(torch.equal, entropy._histogram(x, *ends, weights), whole))
+    assert torch.equal(whole[0].sum(1), torch.full((3,), 1000.0) if weights is None else weights.sum(1))
+
+
+def test_bins_count_beyond_the_whole_numbers_of_float32():
+    count = 2**24 + 2**18
+    x = torch.ones(1, 1).expand(1, count)
+    counts, _ = entropy._histogram(x, torch.tensor([[0.0]]), torch.tensor([[1.0]]), None)
+    assert counts.dtype == torch.float32
+    assert counts[0, -1] == counts.sum() == count
+
+
 def test_blocks_do_not_depend_on_their_neighbours():
     fmt = NumberFormat.parse("int4:g128")
     x = torch.cat([tensor(3, (200, 128)), tensor(4, (1, 128)).round()])

@@ -362,3 +362,28 @@ def test_every_code_comes_back(name):
     packed = pack(codes.to(torch.int32), fmt.bits)
     signed = fmt.family == "int" and fmt.levels[0] < 0
     assert torch.equal(unpack(packed, fmt.bits, len(codes), signed=signed).int(), codes.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MINIFLOATS)
+def test_processes_that_flush_subnormals_lose_none_of_a_format(name, dtype):
+    """Those of the wider float they can't hold: some of what has 8 exponent bits."""
+    fmt = NumberFormat.parse(name)
+    grid = FloatGrid(fmt.exponent, fmt.mantissa)
+    every = torch.cat([torch.arange(grid.last + 1), torch.arange(grid.last + 1) + 2 ** (fmt.bits - 1)])
+    tiny = torch.finfo(dtype).tiny
+    x = torch.where(BF16.to(dtype).abs() < tiny, 0.0, BF16.to(dtype))
+    values, rounded = grid.decode(every, dtype), grid.round_(x.clone())
+    codes = grid.encode(values)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        fresh = FloatGrid(fmt.exponent, fmt.mantissa)  # which keeps no table from before
+        found = fresh.decode(every, dtype), fresh.round_(x.clone())
+        encoded, listed = fresh.encode(values), fresh.values
+    finally:
+        torch.set_flush_denormal(False)
+    for flushed, usual in zip(found, (values, rounded), strict=True):
+        assert torch.equal(flushed, torch.where(usual.abs() < tiny, 0.0, usual))
+    assert torch.equal(encoded, codes)
+    assert listed == grid.values

@@ -25,6 +25,7 @@ from mpq.quantizers import (
 )
 from mpq.quantizers.blocks import from_blocks, weighted_blocks
 from mpq.quantizers.clips import clip_errors, least_share
+from mpq.quantizers.compiled import compiled
 from mpq.quantizers.grids import FloatGrid, IntGrid, TableGrid, grid_of
 from mpq.quantizers.lookup import nearest, nearest_by_tables
 from mpq.quantizers.ranges import minmax_range, parse_range_method
@@ -312,6 +313,36 @@ def test_loss_aware_range_asks_for_each_candidate_and_takes_the_best():
 def test_malformed_range_methods_are_refused(method):
     with pytest.raises(FormatError, match="unknown range method"):
         parse_range_method(method)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Loops as they are before torch compiles them."""
+    monkeypatch.setattr(torch, "compile", lambda loop: loop)
+    compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int4", "int4:g8:asym", "int8:g32:asym", "int1:g8", "int2:bipolar", "int4:g8:p2", "fp8_e4m3", "fp8_e5m2:g8"),
+        *("fp4_e2m1:g16", "fp6_e3m2", "nf4:g8", "fp4_bnb", "pow2_4", "post_3:g16", "log2_4", "ternary", "binary:g8"),
+        *("mxfp4", "mxfp8_e4m3", "nvfp4"),
+    ],
+)
+def test_what_is_compiled_gives_the_same_bits(name, uncompiled):
+    fmt = NumberFormat.parse(name)
+    for shape, dtype in (((24, 64), torch.float32), ((40, 32), torch.float32), ((3, 32), torch.float64)):
+        x, out = tensor(0, shape, dtype) ** 3, torch.empty(shape, dtype=dtype)
+        x = x.abs() if fmt.family == "log2" else x
+        assert kernels.fake_quantize_compiled(out, x, fmt, 0)
+        assert torch.equal(out, plain(x, fmt))
+
+
+def test_sums_that_would_overflow_are_not_compiled(uncompiled):
+    assert [compiled(NumberFormat.parse(name)) for name in ("fp9_e8m0", "fp12_e8m3")] == [None, None]
 
 
 @pytest.mark.slow

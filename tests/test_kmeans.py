@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_tensors import tensor
 
 from mpq import NumberFormat
-from mpq.quantizers import fake_quantize, sorted_sums
+from mpq.quantizers import blocks, dequantize, fake_quantize, kmeans, quantize, sorted_sums
 from mpq.quantizers.kmeans import fit_codebook, nearest_level
 from mpq.quantizers.sorted_sums import SortedBlocks
 
@@ -91,6 +91,19 @@ def test_sums_in_stretches_are_the_same_bit_for_bit(count, weighted, in_stretche
     each = torch.ones_like(x) if w is None else w.gather(1, order)
     moments = [(each.double() * x.gather(1, order).double() ** k)[:, : count // 2].sum(1) for k in range(3)]
     torch.testing.assert_close(found[1][:, :, count // 2], torch.stack(moments))
+
+
+@pytest.mark.parametrize("name", ["kmeans_3", "kmeans_3:tensor"])
+def test_large_blocks_get_codes_in_stretches(name, monkeypatch):
+    fmt, x, w = NumberFormat.parse(name), tensor(6, (4, 500)), tensor(7, (4, 500)).square()
+    whole = quantize(x, fmt, 0, importance=w)
+    values = dequantize(whole)
+    for module in (blocks, kmeans):
+        monkeypatch.setattr(module, "BUFFERED", 64)
+    parts = quantize(x, fmt, 0, importance=w)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.codebook, whole.codebook)
+    assert torch.equal(dequantize(parts), values)
 
 
 def test_codebooks_keep_few_values_exactly():

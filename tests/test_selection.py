@@ -15,7 +15,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _pieces(monkeypatch):
-    monkeypatch.setattr(selection, "BUFFERED", 64)
+    for module in (selection, mean_ranges):
+        monkeypatch.setattr(module, "BUFFERED", 64)
 
 
 @settings(max_examples=150, deadline=None)

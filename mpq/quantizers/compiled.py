@@ -20,7 +20,7 @@ _MOST_LEVELS = 32
 
 @dataclass(frozen=True)
 class Loops:
-    """What is compiled for a format. In one loop, each few elements would make their scale anew.
+    """What is compiled for a format: two loops, as one would make a block's scale again for every vector of it.
 
     Attributes:
         ends: `minmax_range` of blocks ``[blocks, elements]``.
@@ -43,6 +43,8 @@ def compiled(fmt: NumberFormat) -> Loops | None:
     grid = grid_of(fmt)
     if isinstance(grid, TableGrid) and len(grid.values) > _MOST_LEVELS:
         return None
+    if isinstance(grid, FloatGrid) and grid.exponent == 8:
+        return None  # beyond what `FloatGrid.rounded` can
     middles = {dtype: _middles(grid, dtype) for dtype in (torch.float32, torch.float64)}
 
     def ends(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,13 +108,14 @@ class _Histogram:
 def _histogram(blocks: Tensor, lo: Tensor, hi: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Counts ``[blocks, bins]`` and the middles of the bins."""
     width = ((hi - lo) / _BINS).clamp(min=torch.finfo(torch.float32).tiny)
-    counts = lo.new_zeros(len(blocks), _BINS)
+    # From 2**24 on float32 does not count by ones.
+    counts = lo.new_zeros(len(blocks), _BINS, dtype=torch.float64 if blocks.shape[1] > 2**24 else lo.dtype)
     for start in range(0, blocks.shape[1], BUFFERED):
         part = blocks[:, start : start + BUFFERED].to(lo.dtype)
         w = torch.ones_like(part) if weights is None else weights[:, start : start + BUFFERED].to(lo.dtype)
         index = ((part - lo) / width).nan_to_num(0.0).clamp_(0, _BINS - 1).long()
-        counts.scatter_add_(1, index, w)
-    return counts, lo + (torch.arange(_BINS, dtype=lo.dtype, device=lo.device) + 0.5) * width
+        counts.scatter_add_(1, index, w.to(counts.dtype))
+    return counts.to(lo.dtype), lo + (torch.arange(_BINS, dtype=lo.dtype, device=lo.device) + 0.5) * width
 
 
 def _divergence(histogram: _Histogram, scale: Tensor, grid: Grid, zero: Tensor | None) -> Tensor:

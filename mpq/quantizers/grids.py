@@ -105,6 +105,15 @@ def _quick(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() >= _WORTH_TABLES and x.is_contiguous() and not x.requires_grad
 
 
+def _looked_up(by_code: Tensor, codes: Tensor) -> Tensor:
+    """Values of codes, a few at a time: fresh memory for wider indices takes several times as long."""
+    by_code, whole = by_code.to(codes.device), torch.empty(0, dtype=torch.int32, device=codes.device)
+    found = torch.empty(codes.shape, dtype=by_code.dtype, device=codes.device)
+    for piece, out in zip(torch.split(codes.reshape(-1), CACHED), torch.split(found.view(-1), CACHED), strict=True):
+        torch.index_select(by_code, 0, scratch("codes", piece.numel(), whole).copy_(piece), out=out)
+    return found
+
+
 @dataclass(frozen=True)
 class TableGrid:
     """Any sorted levels, whose codes are given.
@@ -141,8 +150,7 @@ class TableGrid:
 
     def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
         """See `Grid`."""
-        by_code = torch.tensor(self._by_code, dtype=dtype, device=codes.device)
-        return by_code.index_select(0, codes.flatten().int()).view(codes.shape)
+        return _looked_up(torch.tensor(self._by_code, dtype=dtype), codes)
 
     @cached_property
     def _by_code(self) -> list[float]:
@@ -195,7 +203,7 @@ class FloatGrid:
     @cached_property
     def values(self) -> tuple[float, ...]:
         """All values in rising order."""
-        rising = self.decode(torch.arange(self.last + 1, dtype=torch.int32), torch.float64)
+        rising = self._by_code[: self.last + 1]
         return tuple(torch.cat([-rising[1:].flip(0), rising]).tolist())
 
     @property
@@ -222,8 +230,8 @@ class FloatGrid:
             torch.bitwise_and(piece.view(whole), mask, out=power.view(whole))
             power.clamp_(min=2.0 ** (1 - self._bias))
             if self._overflows(x):
-                power.mul_(2.0**-self.mantissa)
-                piece.div_(power).round_().mul_(power)
+                # Not by the step itself: it may be subnormal, which a process may flush to zero.
+                piece.div_(power).mul_(2.0**self.mantissa).round_().mul_(2.0**-self.mantissa).mul_(power)
             else:
                 times = 1.5 * 2.0 ** (stored - self.mantissa)
                 piece.add_(power, alpha=times).sub_(power, alpha=times)
@@ -240,25 +248,34 @@ class FloatGrid:
     def encode(self, values: Tensor, zero: Tensor | None = None) -> Tensor:
         """See `Grid`."""
         whole, _, stored = _FIELDS[values.dtype]
-        # Once the numbers are scaled so that the wider float's exponent field is ours, its leading bits are our code.
-        bits = (values * (1 / self._unit(values.dtype))).view(whole)
-        low = (bits >> (stored - self.mantissa)).bitwise_and_(self._sign - 1)
-        sign = bits.bitwise_right_shift_(8 * whole.itemsize - 1).bitwise_and_(self._sign)
-        return low.bitwise_or_(sign).to(_code_dtype(0, max(255, 2 * self._sign - 1)))
+        least, offset = 2.0 ** (1 - self._bias), self._wider_bias(values.dtype) - self._bias
+        codes = torch.empty(values.shape, dtype=_code_dtype(0, max(255, 2 * self._sign - 1)), device=values.device)
+        pieces = torch.split(values.detach().reshape(-1), CACHED)
+        for piece, out in zip(pieces, torch.split(codes.view(-1), CACHED), strict=True):
+            # But for the field's offset, our code is the leading bits of a normal number, and of the sum of a subnormal
+            # one with the least normal one, less one exponent; each time these are the larger bits of the two. No
+            # number is subnormal in the wider float, which a process may flush to zero.
+            size = piece.abs()
+            bits = (size + least).view(whole).sub_(1 << stored)
+            torch.maximum(bits, size.view(whole), out=bits)
+            bits.sub_(offset << stored).bitwise_right_shift_(stored - self.mantissa)
+            sign = piece.view(whole).bitwise_right_shift(8 * whole.itemsize - 1).bitwise_and_(self._sign)
+            out.copy_(bits.bitwise_or_(sign))
+        return codes
 
     def decode(self, codes: Tensor, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
         """See `Grid`; zero with a sign is zero."""
-        whole, _, stored = _FIELDS[dtype]
-        top = 8 * whole.itemsize - 1
-        # The sign goes to the front, the rest to where the wider float has it; between them are copies of the sign.
-        kept = (1 << (stored + self.exponent)) - 1 - (1 << top)
-        found = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        for piece, out in zip(torch.split(codes.flatten(), CACHED), torch.split(found.view(-1), CACHED), strict=True):
-            bits = out.view(whole).copy_(piece)
-            bits.bitwise_left_shift_(top - self.exponent - self.mantissa)
-            bits.bitwise_right_shift_(top - stored - self.exponent).bitwise_and_(kept)
-            out.mul_(self._unit(dtype)).add_(0.0)
-        return found
+        return _looked_up(self._by_code.to(dtype), codes)
+
+    @cached_property
+    def _by_code(self) -> Tensor:
+        """Values of all codes; in float64 none is subnormal, which a process may flush to zero."""
+        code = torch.arange(self._sign, device="cpu")
+        field, fraction = code >> self.mantissa, code & ((1 << self.mantissa) - 1)
+        exponent = field.clamp(min=1) - (self._bias + self.mantissa)
+        power = ((exponent + self._wider_bias(torch.float64)) << _FIELDS[torch.float64][2]).view(torch.float64)
+        rising = (fraction + ((field > 0).long() << self.mantissa)) * power
+        return torch.cat([rising, 0.0 - rising])
 
     @property
     def _bias(self) -> int:
@@ -268,9 +285,9 @@ class FloatGrid:
     def _sign(self) -> int:
         return 1 << (self.exponent + self.mantissa)
 
-    def _unit(self, dtype: torch.dtype) -> float:
-        """What a wider float that holds a code in its leading bits is to be multiplied by."""
-        return 2.0 ** ((1023 if dtype == torch.float64 else 127) - self._bias)
+    @staticmethod
+    def _wider_bias(dtype: torch.dtype) -> int:
+        return 1023 if dtype == torch.float64 else 127
 
     def _overflows(self, x: Tensor) -> bool:
         """Whether sums with multiples of a power of two may, which are quicker than quotients."""

@@ -51,6 +51,7 @@ def weighted_rank(
                 digit = (key >> shift) & ((1 << _DIGIT) - 1)
             else:
                 digit = (key >> shift) + (1 << (_DIGIT - 1))
+            # On CUDA weights are added in any order, so that a target within rounding of a sum may go either way.
             counts += torch.bincount(digit, w, minlength=1 << _DIGIT)
         below = counts.cumsum(0)
         # Rounded sums may miss the target by a little.
