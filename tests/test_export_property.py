@@ -191,6 +191,12 @@ def test_pairs_that_a_tool_has_not_are_refused(legal):
     )
 
 
+def test_where_inputs_alone_are_in_the_way_the_scheme_without_them_is_named_first():
+    runtime = RUNTIMES["mlx"]
+    config = changed(legal_config(runtime), UP, scheme=Scheme.parse("W4:g32:weighted:gptqA16"))
+    refused(config, runtime, "mlx has no W4:g32:weighted:gptqA16; .* such as W4:g32:weighted:gptq, ")
+
+
 @pytest.mark.parametrize("name", sorted(RUNTIMES.keys() - {"hls4ml", "onnx-matmulnbits"}))
 def test_groups_that_do_not_divide_are_refused(name):
     runtime = RUNTIMES[name]

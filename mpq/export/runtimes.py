@@ -128,7 +128,10 @@ class Runtime:
             return f"{self.name} does not quantize {op} layers{self.leaving}"
         holding = self._holding(scheme)
         if not holding:
-            fitting = ", ".join(str(s) for s in self.examples() if self.refusal(op, rows_shape, s) is None)
+            # The same with float inputs first: it tells that these alone are in the way.
+            near = [] if scheme.activation is None else [replace(scheme, activation=None)]
+            tried = [*near, *self.examples()]
+            fitting = ", ".join(dict.fromkeys(str(s) for s in tried if self.refusal(op, rows_shape, s) is None))
             choose = f"choose one that it loads, such as {fitting}" if fitting else "skip the layer"
             return f"{self.name} has no {scheme}; {choose}, or allocate with runtime={self.name!r}"
         features = rows_shape[1] if len(rows_shape) > 1 else 1
