@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -169,6 +170,11 @@ class Calibration:
     def num_samples(self) -> int:
         """Samples over all batches."""
         return sum(b.size for b in self.batches)
+
+    def first(self, samples: int) -> list[Batch]:
+        """The first whole batches that hold at least so many samples, or all batches."""
+        before = accumulate((b.size for b in self.batches), initial=0)
+        return [b for b, count in zip(self.batches, before, strict=False) if count < samples]
 
     @property
     def alike(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate, compress
+from itertools import compress
 from typing import NamedTuple
 
 from mpq.apply import InputQuantizer
@@ -61,7 +61,7 @@ def choose_ranges(
         return 0.0
     chosen = {(x.name, fmt): bank.ends(x, fmt) for x in space.layers for fmt in _calibrated(x, space.schemes)}
     tensors = _tensors(space, chosen)
-    batches = _first(data) if tensors else []
+    batches = data.first(_SAMPLES) if tensors else []
     rises = {key: dict.fromkeys(clip_shares(key.fmt, candidates), 0.0) for key in tensors}
 
     def measured(batch: Batch) -> Iterator[None]:
@@ -123,9 +123,3 @@ def _tensors(space: SearchSpace, ends: Mapping[tuple[str, NumberFormat], Range])
 def _calibrated(layer: LayerSpec, schemes: Iterable[Scheme]) -> list[NumberFormat]:
     formats = (layer_scheme(layer, s).activation for s in schemes)
     return list(dict.fromkeys(fmt for fmt in formats if fmt is not None and fmt.calibrated))
-
-
-def _first(data: Calibration) -> list[Batch]:
-    """Whole batches, until there are enough samples."""
-    before = accumulate((b.size for b in data.batches), initial=0)
-    return [b for b, count in zip(data.batches, before, strict=False) if count < _SAMPLES]

@@ -177,8 +177,7 @@ class _Truth:
         store: ScoreStore | None,
     ) -> None:
         self._view, self._space, self._bank, self._loss = view, space, bank, loss
-        before = np.cumsum([0] + [b.size for b in data.batches])
-        self._batches = [b for b, n in zip(data.batches, before, strict=False) if n < samples]
+        self._batches = data.first(samples)
         self.samples = sum(b.size for b in self._batches)
         with torch.no_grad():
             self._references = [view(b) for b in self._batches]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -124,6 +125,7 @@ def find_range(
     return best_of_grid(blocks, ends, fmt, _CANDIDATES, value, importance, outer)
 
 
+@lru_cache(256)
 def check_rule(fmt: NumberFormat, method: str) -> None:
     """Refuse a rule that finds no range for a format, before there are tensors.
 
